@@ -1,0 +1,56 @@
+"""How much of the old estimate stays when n statistic steps arrive at once.
+
+Letters: n statistic steps, rho the decay per step, w the EMA weight that an estimate carries
+(0 before the first statistic, towards 1 afterwards).
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from distcurv.errors import ConfigError
+
+
+class EmaWeights(NamedTuple):
+    """new = ``old_share`` * old + ``new_share`` * mean of the statistic; shares sum to 1."""
+
+    old_share: Tensor  # a = rho^n w / w'
+    new_share: Tensor  # b = (1 - rho^n) / w'
+    weight: Tensor  # w' = rho^n w + 1 - rho^n
+
+
+def ema_weights(decay: float, steps: Tensor, weight: Tensor) -> EmaWeights:
+    """Shares of a bias-corrected exponential average over ``steps`` equal steps.
+
+    The same as Adam's bias correction (Kingma and Ba 2015, section 3) applied n times in a row.
+
+    Args:
+        decay: rho, 0 <= rho < 1.
+        steps: n [B] or (), any dtype, n >= 0. Where n = 0 nothing changes: a = 1, b = 0, w' = w.
+        weight: w [B] or ().
+
+    Returns:
+        a, b, w' in float64, shaped as the broadcast of ``steps`` and ``weight``.
+
+    Raises:
+        ConfigError: the decay is outside [0, 1).
+    """
+    if not 0.0 <= decay < 1.0:
+        raise ConfigError(f"decay is {decay}: give 0 <= decay < 1")
+    n = steps.double()
+    w = weight.double()
+    kept = torch.pow(decay, n)
+    # expm1 keeps 1 - rho^n exact to rounding when rho is close to 1.
+    log_decay = torch.log(torch.tensor(decay, dtype=torch.float64))
+    fresh = torch.where(n > 0, -torch.expm1(n.clamp(min=1) * log_decay.to(n.device)), 0.0)
+    total = kept * w + fresh
+    stays = n <= 0
+    safe = torch.where(stays | (total <= 0), 1.0, total)
+    return EmaWeights(
+        old_share=torch.where(stays, 1.0, kept * w / safe),
+        new_share=torch.where(stays, 0.0, fresh / safe),
+        weight=torch.where(stays, w, total),
+    )

@@ -1,0 +1,1 @@
+"""What `distcurv demo` trains and shows: two small tasks on data that every machine has."""

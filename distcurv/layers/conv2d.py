@@ -1,0 +1,174 @@
+"""nn.Conv2d as a linear map on patches, without forming the patches (im2col) for a sketch.
+
+With X the patches [N S, d], d = C kh kw (the order of ``weight.flatten(1)``) and Q [d, r] a basis:
+
+* X Q is a convolution with Q's columns as r filters (and Q's last row as their bias, where there
+  is a bias coordinate);
+* X^T (X Q) is the weight gradient of that convolution for the output gradient X Q;
+* the column sums of X, and of its squares, are sums of shifted, strided boxes of the image.
+
+So a sketch needs N S r numbers besides the (padded) input, not N S d.
+
+Letters: N samples, C channels, H W image, J K kernel, P Q output positions, S = P Q, d r as above.
+"""
+
+from __future__ import annotations
+
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.nn.grad import conv2d_weight
+
+from distcurv.curvature.precision import at_least_float32, full_float32
+from distcurv.curvature.spec import SideSpec, Tensors
+from distcurv.errors import CaptureError
+from distcurv.layers.layer import WeightSharing
+from distcurv.layers.weight_bias import (
+    WeightBias,
+    affine_sketch,
+    encode_affine_rows,
+    require_basis,
+)
+
+# Dense statistics are encoded in chunks of samples whose patches hold about this many numbers.
+PATCH_NUMBERS_PER_CHUNK = 1 << 24
+
+
+class Conv2dIO(WeightBias):
+    """`LayerIO` of `torch.nn.Conv2d`: the output pixels are the positions."""
+
+    def refuse(self, module: nn.Module) -> str | None:
+        """See `LayerIO.refuse`."""
+        conv = cast(nn.Conv2d, module)
+        if conv.groups != 1:
+            return f"groups={conv.groups} comes in a later version"
+        if conv.dilation != (1, 1):
+            return f"dilation={conv.dilation} comes in a later version"
+        return super().refuse(module)
+
+    def input_statistic(
+        self,
+        module: nn.Module,
+        input: Tensor,
+        side: SideSpec,
+        basis_dr: Tensor | None,
+        *,
+        bias: bool,
+        weight_sharing: WeightSharing,
+    ) -> Tensors:
+        """See `LayerIO.input_statistic`."""
+        conv = cast(nn.Conv2d, module)
+        x_NCHW = _padded(conv, _images(input, "input"))
+        height, width = _output_size(conv, x_NCHW)
+        samples, positions = x_NCHW.shape[0], height * width
+        if weight_sharing == "reduce":
+            rows = _box_sums(conv, x_NCHW, height, width).flatten(1) / positions
+            statistic = encode_affine_rows(side, rows, basis_dr, bias)
+            statistic["count"] = x_NCHW.new_full((), samples)
+            return statistic
+        if side.encoding == "sketch":
+            statistic = _sketch(conv, x_NCHW, side, basis_dr, bias)
+        else:
+            statistic = _dense(conv, x_NCHW, side, bias, positions)
+        statistic["count"] = x_NCHW.new_full((), samples * positions)
+        return statistic
+
+    def output_statistic(
+        self,
+        module: nn.Module,
+        grad_output: Tensor,
+        side: SideSpec,
+        basis_dr: Tensor | None,
+        *,
+        weight_sharing: WeightSharing,
+    ) -> Tensors:
+        """See `LayerIO.output_statistic`."""
+        g_NdS = _images(grad_output, "output gradient").flatten(2)
+        if weight_sharing == "reduce":
+            rows = g_NdS.sum(2)
+        else:
+            rows = g_NdS.transpose(1, 2).reshape(-1, g_NdS.shape[1])
+        statistic = encode_affine_rows(side, rows, basis_dr, bias=False)
+        statistic["count"] = rows.new_full((), g_NdS.shape[0])
+        return statistic
+
+
+def _images(tensor: Tensor, what: str) -> Tensor:
+    if tensor.dim() != 4:
+        raise CaptureError(
+            f"a Conv2d layer got an {what} of shape {tuple(tensor.shape)}: without a batch "
+            "dimension samples cannot be counted; give it [N, C, H, W], e.g. x.unsqueeze(0)"
+        )
+    return at_least_float32(tensor.detach())
+
+
+def _padded(conv: nn.Conv2d, x_NCHW: Tensor) -> Tensor:
+    """The image that the filters really slide over, for every padding and padding_mode."""
+    if conv.padding == "valid":
+        return x_NCHW
+    if conv.padding == "same":
+        # As torch does: what cannot be halved goes to the right and to the bottom.
+        totals = [size - 1 for size in conv.kernel_size]
+        pads = [(total // 2, total - total // 2) for total in totals]
+    else:
+        pads = [(size, size) for size in cast("tuple[int, int]", conv.padding)]
+    (top, bottom), (left, right) = pads
+    if not any((top, bottom, left, right)):
+        return x_NCHW
+    mode = "constant" if conv.padding_mode == "zeros" else conv.padding_mode
+    return F.pad(x_NCHW, (left, right, top, bottom), mode=mode)
+
+
+def _output_size(conv: nn.Conv2d, x_NCHW: Tensor) -> tuple[int, int]:
+    """(P, Q) for a padded image."""
+    height, width = (
+        (size - kernel) // stride + 1
+        for size, kernel, stride in zip(
+            x_NCHW.shape[2:], conv.kernel_size, conv.stride, strict=True
+        )
+    )
+    return height, width
+
+
+def _box_sums(conv: nn.Conv2d, x_NCHW: Tensor, height: int, width: int) -> Tensor:
+    """[N, C, J, K]: for each kernel offset the sum over the output positions of what it sees.
+
+    The box is separable: columns first, rows second, so the image is read K times."""
+    (kernel_j, kernel_k), (stride_j, stride_k) = conv.kernel_size, conv.stride
+    columns = [
+        x_NCHW[..., k : k + stride_k * (width - 1) + 1 : stride_k].sum(-1) for k in range(kernel_k)
+    ]
+    x_NCHK = torch.stack(columns, dim=-1)
+    rows = [
+        x_NCHK[:, :, j : j + stride_j * (height - 1) + 1 : stride_j].sum(2) for j in range(kernel_j)
+    ]
+    return torch.stack(rows, dim=2)
+
+
+def _sketch(
+    conv: nn.Conv2d, x_NCHW: Tensor, side: SideSpec, basis_dr: Tensor | None, bias: bool
+) -> Tensors:
+    basis_dr = require_basis(side, basis_dr, x_NCHW)
+    weights_dr, bias_r = (basis_dr[:-1], basis_dr[-1]) if bias else (basis_dr, None)
+    filters_rCJK = weights_dr.T.reshape(side.rank, x_NCHW.shape[1], *conv.kernel_size)
+    with full_float32(x_NCHW.device):
+        projected_NrPQ = F.conv2d(x_NCHW, filters_rCJK, bias_r, stride=conv.stride)
+        y_rCJK = conv2d_weight(x_NCHW, filters_rCJK.shape, projected_NrPQ, stride=conv.stride)
+    samples, _, height, width = projected_NrPQ.shape
+    squares_1CHW = x_NCHW.square().sum(0, keepdim=True)
+    diag_d = _box_sums(conv, squares_1CHW, height, width).flatten()
+    y_bias_r = projected_NrPQ.sum((0, 2, 3)) if bias else None
+    return affine_sketch(side, y_rCJK.flatten(1).T, y_bias_r, diag_d, samples * height * width)
+
+
+def _dense(conv: nn.Conv2d, x_NCHW: Tensor, side: SideSpec, bias: bool, positions: int) -> Tensors:
+    chunk = max(1, PATCH_NUMBERS_PER_CHUNK // (side.dim * positions))
+    total: Tensors = {}
+    for part_nCHW in x_NCHW.split(chunk):
+        patches_ndS = F.unfold(part_nCHW, conv.kernel_size, stride=conv.stride)
+        rows = patches_ndS.transpose(1, 2).flatten(0, 1)
+        for name, value in encode_affine_rows(side, rows, None, bias).items():
+            total[name] = total[name] + value if name in total else value
+    return total

@@ -1,0 +1,90 @@
+"""What capture must know about a layer type: the LayerIO protocol.
+
+A LayerIO turns one call of a module into statistics of its two sides, and the module's ``.grad``
+into a matrix and back.  It is pure: the module is only read (but for `LayerIO.write_gradient`),
+nothing is attached to it, and no state is kept between calls, so one instance serves all modules
+of its type.
+
+Letters: N samples (dimension 0 of the module's input), S positions (tokens, pixels; 1 for plain
+inputs), d a side's dimension, r its rank, I = Di (+1 with the bias coordinate), O = Do.
+"""
+
+from __future__ import annotations
+
+from typing import Literal, Protocol
+
+from torch import Tensor, nn
+
+from distcurv.curvature.spec import SideSpec, Tensors
+
+WeightSharing = Literal["expand", "reduce"]
+WEIGHT_SHARING: tuple[WeightSharing, ...] = ("expand", "reduce")
+
+
+class LayerIO(Protocol):
+    """How one family of modules is captured.
+
+    ``bias`` says everywhere whether the block has the bias as a homogeneous coordinate: a last
+    input coordinate that is always 1, so that the gradient matrix is [O, Di + 1].
+
+    Weight sharing follows Eschenhagen et al. 2023 ("Kronecker-Factored Approximate Curvature for
+    Modern Neural Network Architectures", section 3).  With a_ns and g_ns the inputs and output
+    gradients of sample n at position s, as sums that are divided by their counts later:
+
+    * ``expand``: A = sum_ns a_ns a_ns^T, count N S; G = sum_ns g_ns g_ns^T, count N.
+    * ``reduce``: A = sum_n a_n a_n^T with a_n = mean_s a_ns, count N; G = sum_n g_n g_n^T with
+      g_n = sum_s g_ns, count N.
+    """
+
+    def refuse(self, module: nn.Module) -> str | None:
+        """Why this very module cannot be a block (a variant that comes in a later version, a
+        frozen weight, ...), or None where it can."""
+        ...
+
+    def trains_bias(self, module: nn.Module) -> bool:
+        """Whether the module has a bias that is trained, hence a bias coordinate.  A frozen bias
+        is left out of the block."""
+        ...
+
+    def dims(self, module: nn.Module, bias: bool) -> tuple[int, int]:
+        """(I, O): the dimensions of the input side and of the output side."""
+        ...
+
+    def input_statistic(
+        self,
+        module: nn.Module,
+        input: Tensor,
+        side: SideSpec,
+        basis_dr: Tensor | None,
+        *,
+        bias: bool,
+        weight_sharing: WeightSharing,
+    ) -> Tensors:
+        """The sums of side A for one call: ``Y``, ``diag`` (where the tail is diagonal) and
+        ``trace``, or ``packed``; and ``count``.  In float64 for a float64 input, else in float32.
+
+        ``basis_dr`` is the installed basis, needed for the encoding ``sketch`` alone.
+        Raises `CaptureError` where the input has no batch dimension."""
+        ...
+
+    def output_statistic(
+        self,
+        module: nn.Module,
+        grad_output: Tensor,
+        side: SideSpec,
+        basis_dr: Tensor | None,
+        *,
+        weight_sharing: WeightSharing,
+    ) -> Tensors:
+        """The same of side G, from the gradient with respect to the module's output, as it is:
+        the scale that makes it the gradient of a per-sample loss is the caller's."""
+        ...
+
+    def gradient(self, module: nn.Module, bias: bool) -> Tensor | None:
+        """A new matrix [O, I] from the ``.grad`` of the parameters, in their dtype; None where
+        there is none.  Raises `CaptureError` where the bias alone has none."""
+        ...
+
+    def write_gradient(self, module: nn.Module, bias: bool, matrix_OI: Tensor) -> None:
+        """Overwrite the ``.grad`` of the parameters, in place, with a matrix [O, I]."""
+        ...

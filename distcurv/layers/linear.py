@@ -1,0 +1,62 @@
+"""nn.Linear on inputs [N, *, Di] with any number of middle dimensions.
+
+Letters: N samples, S positions, d a side's dimension, r its rank.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from distcurv.curvature.precision import at_least_float32
+from distcurv.curvature.spec import SideSpec, Tensors
+from distcurv.errors import CaptureError
+from distcurv.layers.layer import WeightSharing
+from distcurv.layers.weight_bias import WeightBias, encode_affine_rows
+
+
+class LinearIO(WeightBias):
+    """`LayerIO` of `torch.nn.Linear`: the middle dimensions are the positions."""
+
+    def input_statistic(
+        self,
+        module: nn.Module,
+        input: Tensor,
+        side: SideSpec,
+        basis_dr: Tensor | None,
+        *,
+        bias: bool,
+        weight_sharing: WeightSharing,
+    ) -> Tensors:
+        """See `LayerIO.input_statistic`."""
+        x_NSd = _positions(input, "input")
+        rows = x_NSd.mean(1) if weight_sharing == "reduce" else x_NSd.flatten(0, 1)
+        statistic = encode_affine_rows(side, rows, basis_dr, bias)
+        statistic["count"] = rows.new_full((), rows.shape[0])
+        return statistic
+
+    def output_statistic(
+        self,
+        module: nn.Module,
+        grad_output: Tensor,
+        side: SideSpec,
+        basis_dr: Tensor | None,
+        *,
+        weight_sharing: WeightSharing,
+    ) -> Tensors:
+        """See `LayerIO.output_statistic`."""
+        g_NSd = _positions(grad_output, "output gradient")
+        rows = g_NSd.sum(1) if weight_sharing == "reduce" else g_NSd.flatten(0, 1)
+        statistic = encode_affine_rows(side, rows, basis_dr, bias=False)
+        statistic["count"] = rows.new_full((), g_NSd.shape[0])
+        return statistic
+
+
+def _positions(tensor: Tensor, what: str) -> Tensor:
+    """[N, S, d] from [N, *, d]."""
+    if tensor.dim() < 2:
+        raise CaptureError(
+            f"a Linear layer got an {what} of shape {tuple(tensor.shape)}: without a batch "
+            "dimension samples cannot be counted; give it [N, ..., features], e.g. x.unsqueeze(0)"
+        )
+    tensor = at_least_float32(tensor.detach())
+    return tensor.reshape(tensor.shape[0], -1, tensor.shape[-1])

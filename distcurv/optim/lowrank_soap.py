@@ -1,0 +1,312 @@
+"""LowRankSOAP: Adam's second moments in a low-rank eigenbasis that the service keeps fresh.
+
+The flagship.  Every matrix is preconditioned by the four-block rule over the installed bases;
+vectors (biases, norms) get AdamW's rule.  The bases come from the curvature service and may be
+many steps old; the moments are updated here at every step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim.adamw import adamw
+
+from distcurv.config import SoapConfig
+from distcurv.curvature.four_block import FourBlockState, init_state, update
+from distcurv.curvature.four_block_turn import turn
+from distcurv.curvature.statistics import encode_gradient
+from distcurv.errors import ConfigError, StateError
+from distcurv.optim.matrices import Matrix, find_matrices, matrix_spec
+from distcurv.train import checkpoint, metrics
+from distcurv.train.activations import ActivationSource
+from distcurv.train.pipeline import Install, Pipeline
+from distcurv.train.provider import Workers
+
+_FIELDS = FourBlockState._fields
+
+
+class LowRankSOAP(torch.optim.Optimizer):
+    """Low-rank SOAP with bases refreshed by the curvature service.
+
+    Args:
+        params: a model, or what `torch.optim.Optimizer` takes.  A model gives the blocks their
+            names and is needed for ``source="activations"``.
+        lr: learning rate; about twice AdamW's best.
+        betas: decay of momentum and second moments.
+        eps: added to the roots of the moments.
+        weight_decay: decoupled weight decay.
+        rank: r of every basis; sides with d <= r take the full basis.
+        source: ``gradient`` (Shampoo's factors, no hooks) or ``activations`` (K-FAC's).
+        workers: ``0``/``"inline"``, ``"auto"`` (the endpoints of ``DISTCURV_ENDPOINTS``, else one
+            worker process on each node) or a list of endpoints.
+        replay: install log of an earlier run to follow exactly.
+        settings: further fields of `distcurv.SoapConfig`.
+
+    Gradients must be the same on all training ranks when `step` is called (DDP does that).
+    Sources: Vyas et al. 2024 (SOAP); the four-block rule is described in docs/architecture.md.
+    """
+
+    def __init__(
+        self,
+        params: nn.Module | Iterable[Any],
+        lr: float | Tensor = 3e-3,
+        betas: tuple[float, float] = (0.9, 0.95),
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+        rank: int = 16,
+        source: str = "gradient",
+        workers: Workers = "auto",
+        replay: Sequence[Sequence[int]] | None = None,
+        **settings: Any,
+    ) -> None:
+        _check(lr, betas, eps, weight_decay)
+        self.config = SoapConfig(rank=rank, source=source, **settings)
+        model = params if isinstance(params, nn.Module) else None
+        if model is None and source == "activations":
+            raise ConfigError(
+                "LowRankSOAP(source='activations') needs the model to watch: pass the model "
+                "instead of its parameters, or use source='gradient'"
+            )
+        self._pipeline: Pipeline | None = None
+        given: Any = list(model.named_parameters()) if model is not None else params
+        super().__init__(
+            given, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
+        )
+        named = list(self._named_params())
+        if any(p.is_complex() for _, p in named):
+            raise ConfigError("LowRankSOAP does not take complex parameters: view them as real")
+        self._matrices = find_matrices(named)
+        self._pipeline = Pipeline(
+            [matrix_spec(matrix, self.config) for matrix in self._matrices],
+            self.config,
+            device=_common_device([p for _, p in named]),
+            replicated=source == "gradient",
+            workers=workers,
+            inline_fallback=True,
+            replay=replay,
+        )
+        self._block_of = {id(m.param): block for block, m in enumerate(self._matrices)}
+        self._source: ActivationSource | None = None
+        if model is not None and source == "activations":
+            self._source = ActivationSource.of_weights(
+                model, self._block_of, self._pipeline, self.config
+            )
+            self._source.arm_if_due()
+
+    # -- the step -------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
+        """One update; ``closure`` reevaluates the model once and returns the loss."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        pipeline = self._open_pipeline()
+        grads = [m.param.grad for m in self._matrices if m.param.grad is not None]
+        if pipeline.capture_due:
+            self._add_statistics(pipeline)
+        if self._source is not None:
+            self._source.finish()
+        before = [pipeline.installed[block] for block in range(len(self._matrices))]
+        for install in pipeline.step(grads):
+            self._turn(before[install.block], install)
+        for group in self.param_groups:
+            self._update_matrices(group, pipeline)
+            self._update_vectors(group)
+        if self._source is not None:
+            self._source.arm_if_due()
+        return loss
+
+    def _add_statistics(self, pipeline: Pipeline) -> None:
+        watched = self._source.blocks if self._source is not None else frozenset[int]()
+        for block, matrix in enumerate(self._matrices):
+            grad = matrix.param.grad
+            mine = pipeline.table.owners[block] == pipeline.group.rank
+            if block in watched or grad is None or not mine:
+                continue
+            if grad.is_sparse:
+                raise ConfigError(
+                    f"parameter {matrix.name} has a sparse gradient: use sparse=False"
+                )
+            spec = pipeline.table.specs[block]
+            statistic = encode_gradient(
+                spec, matrix.view(grad).float(), pipeline.basis(block).tensors
+            )
+            pipeline.add(block, statistic)
+
+    def _turn(self, old: Install, new: Install) -> None:
+        matrix = self._matrices[new.block]
+        state = self.state[matrix.param]
+        if not state:
+            return
+        turned = turn(
+            FourBlockState(*(state[name] for name in _FIELDS)),
+            old.tensors["G.U"],
+            old.tensors["A.U"],
+            new.tensors["G.U"],
+            new.tensors["A.U"],
+        )
+        state.update(zip(_FIELDS, turned, strict=True))
+
+    def _update_matrices(self, group: dict[str, Any], pipeline: Pipeline) -> None:
+        lr = group["lr"]
+        for param in group["params"]:
+            block = self._block_of.get(id(param))
+            if block is None or param.grad is None:
+                continue
+            matrix = self._matrices[block]
+            tensors = pipeline.installed[block].tensors
+            basis_out, basis_in = tensors["G.U"], tensors["A.U"]
+            state = self.state[param]
+            if not state:
+                first = init_state(
+                    matrix.shape, basis_out.shape[-1], basis_in.shape[-1], device=param.device
+                )
+                state["step"] = 0
+                state.update(zip(_FIELDS, first, strict=True))
+            state["step"] += 1
+            direction, new = update(
+                FourBlockState(*(state[name] for name in _FIELDS)),
+                matrix.view(param.grad),
+                basis_out,
+                basis_in,
+                step=state["step"],
+                beta1=group["betas"][0],
+                beta2=group["betas"][1],
+                eps=group["eps"],
+            )
+            state.update(zip(_FIELDS, new, strict=True))
+            if group["weight_decay"]:
+                param.mul_(1 - lr * group["weight_decay"])
+            param.add_(direction.view(param.shape).mul_(-lr))
+
+    def _update_vectors(self, group: dict[str, Any]) -> None:
+        params = [
+            p for p in group["params"] if p.grad is not None and id(p) not in self._block_of
+        ]
+        if not params:
+            return
+        for param in params:
+            if not self.state[param]:
+                self.state[param].update(
+                    step=torch.zeros((), dtype=torch.float32),
+                    exp_avg=torch.zeros_like(param),
+                    exp_avg_sq=torch.zeros_like(param),
+                )
+        states = [self.state[p] for p in params]
+        adamw(
+            params,
+            [p.grad for p in params],
+            [s["exp_avg"] for s in states],
+            [s["exp_avg_sq"] for s in states],
+            [],
+            [s["step"] for s in states],
+            amsgrad=False,
+            beta1=group["betas"][0],
+            beta2=group["betas"][1],
+            lr=group["lr"],
+            weight_decay=group["weight_decay"],
+            eps=group["eps"],
+            maximize=False,
+        )
+
+    # -- state ----------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        """As `torch.optim.Optimizer`, with the installed versions under ``curvature``; local."""
+        state = super().state_dict()
+        state["curvature"] = checkpoint.save(self._open_pipeline())
+        return state
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Continue from a `state_dict`; call it on all ranks at the same step."""
+        if "curvature" not in state_dict:
+            raise StateError(
+                "this state_dict has no 'curvature' entry: it is not of a LowRankSOAP"
+            )
+        plain = {key: value for key, value in state_dict.items() if key != "curvature"}
+        checkpoint.load(self._open_pipeline(), state_dict["curvature"])
+        super().load_state_dict(plain)
+        # The base class casts state to the parameter's dtype; the moments must stay float32.
+        ids = [i for group in plain["param_groups"] for i in group["params"]]
+        params = [p for group in self.param_groups for p in group["params"]]
+        for index, param in zip(ids, params, strict=True):
+            if id(param) in self._block_of and index in plain["state"]:
+                for name in _FIELDS:
+                    saved = plain["state"][index][name]
+                    self.state[param][name] = saved.to(param.device).clone()
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """As `torch.optim.Optimizer`, before construction ends; later ranks would disagree."""
+        if getattr(self, "_pipeline", None) is not None:
+            raise StateError(
+                "LowRankSOAP cannot take a param group later: the block table is fixed when the "
+                "optimizer is made; pass all groups to the constructor"
+            )
+        super().add_param_group(param_group)
+
+    @property
+    def install_log(self) -> list[tuple[int, int, int, int, int]]:
+        """(step, block, version, folded_from, folded_through) of every install."""
+        return [tuple(r) for r in self._open_pipeline().install_log.records()]
+
+    @property
+    def block_names(self) -> list[str]:
+        """Names of the blocks, by the index that the install log uses."""
+        return [matrix.name for matrix in self._matrices]
+
+    def metrics(self) -> dict[str, float | int]:
+        """Counters of this rank; see `distcurv.train.metrics.collect`."""
+        return metrics.collect(self._open_pipeline())
+
+    def close(self) -> None:
+        """End threads, links and hooks; local and idempotent."""
+        if self._source is not None:
+            self._source.disarm()
+        if self._pipeline is not None:
+            self._pipeline.close()
+
+    def __enter__(self) -> LowRankSOAP:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+    def _open_pipeline(self) -> Pipeline:
+        if self._pipeline is None:
+            raise StateError("LowRankSOAP is not constructed")
+        return self._pipeline
+
+    def _named_params(self) -> Iterable[tuple[str, Tensor]]:
+        index = 0
+        for group in self.param_groups:
+            names = group.get("param_names") or [None] * len(group["params"])
+            for name, param in zip(names, group["params"], strict=True):
+                yield (name if name is not None else f"param{index}"), param
+                index += 1
+
+
+def _check(
+    lr: float | Tensor, betas: tuple[float, float], eps: float, weight_decay: float
+) -> None:
+    if not float(lr) >= 0:
+        raise ConfigError(f"LowRankSOAP lr is {lr}: give a number >= 0")
+    if len(betas) != 2 or not all(0 <= b < 1 for b in betas):
+        raise ConfigError(f"LowRankSOAP betas is {betas}: give two numbers in [0, 1)")
+    if not eps >= 0:
+        raise ConfigError(f"LowRankSOAP eps is {eps}: give a number >= 0")
+    if not weight_decay >= 0:
+        raise ConfigError(f"LowRankSOAP weight_decay is {weight_decay}: give a number >= 0")
+
+
+def _common_device(params: Sequence[Tensor]) -> torch.device:
+    devices = {p.device for p in params}
+    if len(devices) != 1:
+        raise ConfigError(
+            f"LowRankSOAP got parameters on {sorted(map(str, devices))}: put them on one device"
+        )
+    return devices.pop()

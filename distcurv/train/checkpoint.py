@@ -1,0 +1,86 @@
+"""The pipeline's state_dict: installed versions and the log, complete on every rank.
+
+What the window and the workers hold between two installs is not in it: a resumed run goes on from
+the installed versions, and the statistics since then are counted as dropped.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from distcurv.errors import StateError
+from distcurv.train.depot import State
+from distcurv.train.pipeline import Install, Pipeline
+
+FORMAT = 1
+
+
+def save(pipeline: Pipeline) -> dict[str, Any]:
+    """Tensors and plain values only (``torch.load(weights_only=True)`` reads it); local."""
+    blocks = {}
+    for spec, install in zip(pipeline.table.specs, pipeline.installed, strict=True):
+        blocks[spec.name] = {
+            "version": install.version,
+            "since": install.since,
+            "through": install.through,
+            "step": install.step,
+            "flat": install.flat.detach().cpu().clone(),
+        }
+    return {
+        "format": FORMAT,
+        "step": pipeline.step_count,
+        "table": pipeline.table.digest_number,
+        "blocks": blocks,
+        "install_log": [list(record) for record in pipeline.install_log.records()],
+    }
+
+
+def load(pipeline: Pipeline, state: Mapping[str, Any]) -> list[Install]:
+    """Continue from a state_dict; must be called on all ranks at the same step.
+
+    Returns the restored installs (those of version 0 too).  Raises `StateError` when the
+    state is of another format or of other blocks."""
+    if state.get("format") != FORMAT:
+        raise StateError(
+            f"curvature state has format {state.get('format')!r}, this version reads {FORMAT}"
+        )
+    names = [spec.name for spec in pipeline.table.specs]
+    if list(state["blocks"]) != names:
+        missing = sorted(set(names) ^ set(state["blocks"]))
+        raise StateError(
+            f"curvature state is of other blocks (differing: {missing[:5]}): load it into the "
+            "model and config that it was saved from"
+        )
+    restored: list[Install] = []
+    for block, name in enumerate(names):
+        saved = state["blocks"][name]
+        layout = pipeline.table.published_layouts[block]
+        if saved["flat"].numel() != layout.size:
+            raise StateError(
+                f"curvature state of block {name} has {saved['flat'].numel()} numbers, this "
+                f"config needs {layout.size}: use the rank and kind that it was saved with"
+            )
+        flat = saved["flat"].to(torch.float32).to(pipeline.device).clone()
+        restored.append(
+            Install(
+                block,
+                int(saved["version"]),
+                int(saved["since"]),
+                int(saved["through"]),
+                int(saved["step"]),
+                "state_dict",
+                flat,
+                layout.views(flat),
+            )
+        )
+    pipeline.restore(int(state["step"]), restored)
+    pipeline.install_log.replace(state["install_log"])
+    for install in restored:
+        pipeline.depot.reset(
+            install.block,
+            [State(install.version, install.since, install.through, install.flat.cpu())],
+        )
+    return restored

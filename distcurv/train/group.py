@@ -1,0 +1,188 @@
+"""The collectives of the training ranks, and the checks that ride on them.
+
+Control vectors are CPU integers on a gloo group of our own; they carry the step, the hash of the
+block table and a fingerprint of the gradients, so that ranks which disagree all learn of it from
+the same reduced vector and all raise.  Tensors go over NCCL where the training does, else gloo.
+With one process (or without torch.distributed) every operation is the identity.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import zlib
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from distcurv.errors import MismatchError
+
+_HEAD = 3  # step, table hash, gradient fingerprint
+
+
+def _work_wait(work: dist.Work | None) -> None:
+    if work is not None:
+        work.wait()
+
+
+@dataclass
+class Poll:
+    """A poll under way: the control vector and the all-reduce that will complete it."""
+
+    vector: Tensor
+    work: dist.Work | None
+
+
+@dataclass
+class Spread:
+    """A broadcast under way: one header and one bucket per owner."""
+
+    blocks: dict[int, list[int]]
+    headers: dict[int, Tensor]
+    buckets: dict[int, Tensor]
+    works: list[dist.Work]
+
+
+class RankGroup:
+    """Collectives over the training ranks.
+
+    Args:
+        device: where statistics and preconditioners live on this rank.
+
+    Must be constructed on all ranks together.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.distributed = dist.is_available() and dist.is_initialized()
+        self.rank = dist.get_rank() if self.distributed else 0
+        self.world_size = dist.get_world_size() if self.distributed else 1
+        self._control: dist.ProcessGroup | None = None
+        self._tensors: dist.ProcessGroup | None = None
+        self._stream_wait = False
+        if self.world_size > 1:
+            self._control = dist.new_group(backend="gloo")
+            backend = "nccl" if device.type == "cuda" else "gloo"
+            self._stream_wait = backend == "nccl"
+            self._tensors = dist.new_group(backend=backend)
+
+    def nodes(self) -> list[int]:
+        """A number per rank, equal for ranks on the same host (torchrun's node if it says so)."""
+        node = os.environ.get("GROUP_RANK")
+        mine = int(node) if node is not None else zlib.crc32(socket.gethostname().encode())
+        return [int(n) for n in self.gather(torch.tensor([mine], dtype=torch.int64)).flatten()]
+
+    def gather(self, vector: Tensor) -> Tensor:
+        """All ranks' CPU vectors, stacked by rank."""
+        if self._control is None:
+            return vector.unsqueeze(0)
+        out = [torch.empty_like(vector) for _ in range(self.world_size)]
+        dist.all_gather(out, vector, group=self._control)
+        return torch.stack(out)
+
+    def from_rank_zero(self, vector: Tensor) -> Tensor:
+        """Rank 0's CPU vector on every rank."""
+        if self._control is not None:
+            dist.broadcast(vector, src=0, group=self._control)
+        return vector
+
+    def agree(self, what: str, number: int, remedy: str) -> None:
+        """Raise `MismatchError` on all ranks unless ``number`` (int64) is the same on all."""
+        numbers = [int(n) for n in self.gather(torch.tensor([number])).flatten()]
+        if len(set(numbers)) > 1:
+            raise MismatchError(f"{what} differs between ranks {dict(enumerate(numbers))}: {remedy}")
+
+    def begin_reduce(self, buckets: dict[int, Tensor]) -> list[dist.Work]:
+        """Sum each owner's bucket to it; other ranks' buckets are garbage afterwards."""
+        works = []
+        if self._tensors is not None:
+            for owner in sorted(buckets):
+                if buckets[owner].numel():
+                    work = dist.reduce(
+                        buckets[owner], dst=owner, group=self._tensors, async_op=True
+                    )
+                    works += self._begun(work)
+        return works
+
+    def finish(self, works: list[dist.Work]) -> None:
+        """Wait for collectives that were begun."""
+        for work in works:
+            work.wait()
+
+    def begin_poll(self, step: int, digest: int, fingerprint: int, resident: list[int]) -> Poll:
+        """Begin to all-reduce "newest version resident at its owner" (-1 where not owned)."""
+        head = [step, digest, fingerprint]
+        vector = torch.tensor(head + [-x for x in head] + resident, dtype=torch.int64)
+        work = None
+        if self._control is not None:
+            work = dist.all_reduce(
+                vector, op=dist.ReduceOp.MAX, group=self._control, async_op=True
+            )
+        return Poll(vector, work)
+
+    def finish_poll(self, poll: Poll) -> list[int]:
+        """The resident versions of all blocks; raises `MismatchError` on all ranks alike."""
+        _work_wait(poll.work)
+        numbers = [int(n) for n in poll.vector]
+        high, low = numbers[:_HEAD], [-n for n in numbers[_HEAD : 2 * _HEAD]]
+        if high[1] != low[1]:
+            raise MismatchError(
+                "the block tables of the training ranks differ: build the same model and the "
+                "same config on every rank"
+            )
+        if high[0] != low[0]:
+            raise MismatchError(
+                f"the training ranks are at different steps ({low[0]} to {high[0]}): every rank "
+                "must call step() once per training step (check load_state_dict on all ranks)"
+            )
+        if high[2] != low[2]:
+            raise MismatchError(
+                f"the gradients differ between training ranks at the poll of step {high[0]}: "
+                "either a rank skipped a step(), or step() was called before the gradients were "
+                "reduced over ranks (use DistributedDataParallel or reduce them yourself)"
+            )
+        return numbers[2 * _HEAD :]
+
+    def begin_broadcast(
+        self,
+        blocks: dict[int, list[int]],
+        sizes: dict[int, int],
+        headers: dict[int, Tensor],
+        buckets: dict[int, Tensor],
+    ) -> Spread:
+        """Begin one header and one bucket broadcast per owner with announced blocks.
+
+        Args:
+            blocks: announced blocks by owner; the same on all ranks.
+            sizes: numbers in each owner's bucket; the same on all ranks.
+            headers, buckets: filled by this rank where it is the owner.
+        """
+        works: list[dist.Work] = []
+        for owner in sorted(blocks):
+            if owner not in headers:
+                headers[owner] = torch.zeros(len(blocks[owner]), 4, dtype=torch.int64)
+                buckets[owner] = torch.empty(
+                    sizes[owner], dtype=torch.float32, device=self.device
+                )
+            if self._control is not None and self._tensors is not None:
+                work = dist.broadcast(
+                    headers[owner], src=owner, group=self._control, async_op=True
+                )
+                works += [work] if work is not None else []
+                work = dist.broadcast(
+                    buckets[owner], src=owner, group=self._tensors, async_op=True
+                )
+                works += self._begun(work)
+        return Spread(blocks, headers, buckets, works)
+
+    def _begun(self, work: dist.Work | None) -> list[dist.Work]:
+        """What is left to wait for.  On NCCL wait() only makes the stream wait: that is done at
+        once, before DDP's group is used again."""
+        if work is None:
+            return []
+        if self._stream_wait:
+            work.wait()
+            return []
+        return [work]

@@ -1,0 +1,89 @@
+"""The install log: what was installed when, the same on every rank, and how to replay it.
+
+A run is determined by its data, its seeds and this log: which version each block had at each
+step, and which statistics each version had folded.  `Replay` makes a later run follow it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from array import array
+from collections.abc import Iterable
+from typing import NamedTuple
+
+from distcurv.errors import StateError
+
+
+class Record(NamedTuple):
+    """One install: at ``step`` block ``block`` switched to ``version``, which folded the
+    statistics of training steps ``folded_from`` to ``folded_through``."""
+
+    step: int
+    block: int
+    version: int
+    folded_from: int
+    folded_through: int
+
+
+class InstallLog:
+    """All installs of a run, 40 bytes each."""
+
+    def __init__(self) -> None:
+        self._numbers = array("q")
+
+    def append(self, record: Record) -> None:
+        """Add one install."""
+        self._numbers.extend(record)
+
+    def __len__(self) -> int:
+        return len(self._numbers) // len(Record._fields)
+
+    def records(self) -> list[Record]:
+        """All installs in order."""
+        width = len(Record._fields)
+        numbers = self._numbers
+        return [Record(*numbers[i : i + width]) for i in range(0, len(numbers), width)]
+
+    def replace(self, records: Iterable[Iterable[int]]) -> None:
+        """Take over a log from a state_dict."""
+        self._numbers = array("q")
+        for record in records:
+            self.append(Record(*(int(n) for n in record)))
+
+    def digest(self) -> str:
+        """Hash of the log, to compare ranks."""
+        return hashlib.sha256(self._numbers.tobytes()).hexdigest()
+
+
+class Replay:
+    """What a recorded log asks of a new run.
+
+    Args:
+        records: the install log of the run to follow.
+        blocks: number of blocks of this run's table.
+    """
+
+    def __init__(self, records: Iterable[Iterable[int]], blocks: int) -> None:
+        self._by_block: dict[int, list[Record]] = {}
+        for item in records:
+            record = Record(*(int(n) for n in item))
+            if not 0 <= record.block < blocks:
+                raise StateError(
+                    f"the log to replay names block {record.block}, this run has {blocks}: "
+                    "replay needs the same model and config"
+                )
+            self._by_block.setdefault(record.block, []).append(record)
+
+    def window(self, block: int, through: int) -> str:
+        """What to do with a window that closed at ``through``: ``drop | hold | send``."""
+        for record in self._by_block.get(block, []):
+            if record.folded_from <= through <= record.folded_through:
+                return "send" if through == record.folded_through else "hold"
+        return "drop"
+
+    def version_at(self, block: int, step: int) -> int | None:
+        """The version that the block switches to at ``step``, if any."""
+        for record in self._by_block.get(block, []):
+            if record.step == step:
+                return record.version
+        return None

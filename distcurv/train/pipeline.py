@@ -1,0 +1,373 @@
+"""The pipeline: the training side of the service, shared by every preconditioner.
+
+It owns the window of statistics, the installed versions and the collectives between them, and
+turns the `Timetable`'s plan for a step into calls.  It knows nothing of what a preconditioner
+does with what is installed: `step` returns the installs of the step and the caller acts.
+"""
+
+from __future__ import annotations
+
+import logging
+import weakref
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from distcurv.config import ServiceConfig
+from distcurv.curvature.kinds import KINDS
+from distcurv.curvature.spec import BlockSpec, Tensors
+from distcurv.errors import StateError
+from distcurv.train import ending, fingerprint
+from distcurv.train.depot import Depot, State
+from distcurv.train.group import Poll, RankGroup, Spread
+from distcurv.train.lanes import Lanes
+from distcurv.train.log import InstallLog, Record, Replay
+from distcurv.train.provider import Workers, event_sink, job_identity, owner_links
+from distcurv.train.table import BlockTable
+from distcurv.train.timetable import Action, Plan, Timetable
+from distcurv.train.window import Closed, Window
+
+log = logging.getLogger("distcurv.train")
+
+
+@dataclass(frozen=True)
+class Install:
+    """A block's installed version.  ``tensors`` are views of ``flat`` by name, on the training
+    device; ``version`` 0 is the random start and must not be applied."""
+
+    block: int
+    version: int
+    since: int
+    through: int
+    step: int
+    route: str
+    flat: Tensor = field(repr=False)
+    tensors: Tensors = field(repr=False)
+
+
+@dataclass
+class _Reducing:
+    closed: Closed
+    works: list[dist.Work]
+    basis: list[int]
+    early: bool
+
+
+class Pipeline:
+    """Statistics in, installs out.  Must be constructed, stepped and loaded on all ranks alike.
+
+    Args:
+        specs: the blocks, the same on all ranks.
+        config: settings; the same on all ranks.
+        device: where statistics and installed tensors live.
+        replicated: statistics are made from gradients that are already equal on all ranks, so
+            only the owner contributes and nothing is reduced.
+        workers: ``0``/``"inline"``, ``"auto"``, or endpoints.
+        inline_fallback: refresh in process while no worker is reachable.
+        replay: install log of a run to follow exactly (waits where it must).
+    """
+
+    def __init__(
+        self,
+        specs: Sequence[BlockSpec],
+        config: ServiceConfig,
+        *,
+        device: torch.device,
+        replicated: bool,
+        workers: Workers,
+        inline_fallback: bool,
+        replay: Sequence[Sequence[int]] | None = None,
+    ) -> None:
+        self.config = config
+        self.group = RankGroup(device)
+        self.table = BlockTable.make(specs, self.group.nodes(), config.max_owners)
+        self.group.agree(
+            "the block table",
+            self.table.digest_number,
+            "build the same model and the same config on every rank",
+        )
+        self.group.agree(
+            "the configuration", fingerprint.of_text(repr(config)), "use one config on all ranks"
+        )
+        self.device = device
+        self.emit = emit = event_sink(self.group.rank)
+        self._replay = Replay(replay, len(self.table)) if replay is not None else None
+        self.step_count = 0
+        self.install_log = InstallLog()
+        self.max_staleness_seen = 0
+        self._staleness_warned = False
+        self.depot = Depot(emit)
+        links = owner_links(workers, self.group)
+        inline = not links.remotes
+        self.group.agree("whether workers are used", int(inline), "give all ranks endpoints or none")
+        self.timetable = Timetable.from_config(config, inline=inline)
+        self.installed = [self._start(block) for block in range(len(self.table))]
+        self._window_basis = list(self.installed)
+        for block in self.table.owned_by(self.group.rank):
+            self.depot.reset(block, [State(0, -1, -1, self.installed[block].flat.cpu())])
+        owners = sorted(set(self.table.owners))
+        mine = [self.group.rank] if replicated else owners
+        self.window = Window(self.table, [o for o in mine if o in owners], device)
+        self._reduces = not replicated
+        job, generation = job_identity(self.group)
+        self.lanes = Lanes(
+            self.table, self.group.rank, links, self.depot, config, job, generation, emit,
+            inline_fallback,
+        )
+        self._reducing: _Reducing | None = None
+        self._poll: Poll | None = None
+        self._pinned: dict[int, State] = {}
+        self._spread: Spread | None = None
+        self._print = fingerprint.Fingerprint(config.check_replicas)
+        self._closed = False
+        self._finalizer = weakref.finalize(self, ending.close_lanes, self.lanes, 2.0)
+
+    def _start(self, block: int) -> Install:
+        spec, layout = self.table.specs[block], self.table.published_layouts[block]
+        start = KINDS[spec.kind].start(spec, self.config.seed)
+        flat = layout.pack(start).to(self.device)
+        return Install(block, 0, -1, -1, 0, "start", flat, layout.views(flat))
+
+    # -- statistics -----------------------------------------------------------------------
+
+    @property
+    def capture_due(self) -> bool:
+        """Whether statistics are taken at the coming `step`."""
+        return self.timetable.capture_due(self.step_count)
+
+    def contributes(self, block: int) -> bool:
+        """Whether this rank adds statistics of a block."""
+        return self.window.contributes(block)
+
+    def basis(self, block: int) -> Install:
+        """The version against which the window's statistics of a block are taken."""
+        return self._window_basis[block]
+
+    def add(self, block: int, statistic: Mapping[str, Tensor]) -> None:
+        """Add (part of) a block's statistic to the window."""
+        self.window.add(block, statistic)
+
+    # -- the step -------------------------------------------------------------------------
+
+    def step(self, grads: Sequence[Tensor]) -> list[Install]:
+        """One training step: run the timetable's plan and return what was installed.
+
+        Args:
+            grads: reduced gradients, equal on all ranks, of which a fingerprint is compared.
+        """
+        if self._closed:
+            raise StateError("Pipeline.step was called after close()")
+        step = self.step_count
+        if self.capture_due:
+            self.window.count_capture()
+        plan = self.timetable.plan(step)
+        installs: list[Install] = []
+        for action in plan.actions:
+            if action is Action.CLOSE:
+                self._close_window(step, plan)
+            elif action is Action.POST:
+                self._post(step)
+            elif action is Action.AWAIT:
+                self.lanes.settle(plan.based_on)
+            elif action is Action.POLL:
+                self._begin_poll(step, plan, grads)
+            elif action is Action.ANNOUNCE:
+                self._announce()
+            else:
+                installs = self._install(step)
+        self._watch_staleness(step)
+        self.step_count = step + 1
+        return installs
+
+    def _close_window(self, step: int, plan: Plan) -> None:
+        closed = self.window.close(step)
+        works = self.group.begin_reduce(closed.buckets) if self._reduces else []
+        basis = [install.version for install in self._window_basis]
+        self._reducing = _Reducing(closed, works, basis, plan.early)
+        self._window_basis = list(self.installed)
+
+    def _post(self, step: int) -> None:
+        if self._reducing is None:
+            return
+        reducing, self._reducing = self._reducing, None
+        self.group.finish(reducing.works)
+        if not self.lanes.blocks:
+            return
+        closed = reducing.closed
+        self.lanes.add(
+            closed.since,
+            closed.through,
+            closed.captures,
+            closed.buckets[self.group.rank],
+            reducing.basis,
+        )
+        if self._waits(reducing.early):
+            self.lanes.settle()
+        only = None if self._replay is None else self._follow(self._replay, closed.through)
+        stale = self._stale_blocks(step)
+        self.lanes.post(step, early=reducing.early, stale=bool(stale), only=only)
+        for block in self.lanes.blocks:
+            basis = self._window_basis[block].version
+            self.depot.prune(block, self.lanes.oldest_basis(block, basis))
+
+    def _waits(self, early: bool) -> bool:
+        return early or self.config.install_delay is not None or self._replay is not None
+
+    def _follow(self, replay: Replay, through: int) -> set[int]:
+        send: set[int] = set()
+        for block in self.lanes.blocks:
+            verdict = replay.window(block, through)
+            if verdict == "drop":
+                self.lanes.discard(block, "not in the log that is replayed")
+            elif verdict == "send":
+                send.add(block)
+        return send
+
+    def _begin_poll(self, step: int, plan: Plan, grads: Sequence[Tensor]) -> None:
+        if self._replay is not None:
+            self.lanes.settle()
+        resident = [-1] * len(self.table)
+        self._pinned = {}
+        for block in self.lanes.blocks:
+            state = self.depot.newest(block, plan.based_on)
+            if self._replay is not None:
+                wanted = self._replay.version_at(block, self._install_step(step))
+                if wanted != state.version:
+                    continue
+            self._pinned[block] = state
+            resident[block] = state.version
+        self._poll = self.group.begin_poll(
+            step, self.table.digest_number, self._print.take(grads), resident
+        )
+
+    def _install_step(self, poll_step: int) -> int:
+        plan = self.timetable.plan(poll_step)
+        return poll_step if Action.INSTALL in plan.actions else poll_step + 2
+
+    def _announce(self) -> None:
+        if self._poll is None:
+            return
+        poll, self._poll = self._poll, None
+        resident = self.group.finish_poll(poll)
+        blocks: dict[int, list[int]] = {}
+        for block, version in enumerate(resident):
+            if version > self.installed[block].version:
+                blocks.setdefault(self.table.owners[block], []).append(block)
+        sizes = {
+            owner: sum(self.table.published_layouts[b].size for b in mine)
+            for owner, mine in blocks.items()
+        }
+        headers: dict[int, Tensor] = {}
+        buckets: dict[int, Tensor] = {}
+        mine = blocks.get(self.group.rank)
+        if mine:
+            states = [self._pinned[block] for block in mine]
+            headers[self.group.rank] = torch.tensor(
+                [[s.version, s.since, s.through, int(s.route == "worker")] for s in states]
+            )
+            flat = torch.cat([s.flat for s in states])
+            buckets[self.group.rank] = flat.to(self.device)
+        self._pinned = {}
+        self._spread = self.group.begin_broadcast(blocks, sizes, headers, buckets)
+
+    def _install(self, step: int) -> list[Install]:
+        if self._spread is None:
+            return []
+        spread, self._spread = self._spread, None
+        self.group.finish(spread.works)
+        installs: list[Install] = []
+        for owner, blocks in sorted(spread.blocks.items()):
+            sizes = [self.table.published_layouts[b].size for b in blocks]
+            parts = spread.buckets[owner].split(sizes)
+            for block, part, head in zip(
+                blocks, parts, spread.headers[owner].tolist(), strict=True
+            ):
+                version, since, through, worker = head
+                layout = self.table.published_layouts[block]
+                install = Install(
+                    block, version, since, through, step, "worker" if worker else "inline",
+                    part, layout.views(part),
+                )
+                self.installed[block] = install
+                self.install_log.append(Record(step, block, version, since, through))
+                installs.append(install)
+        if installs:
+            self.emit(
+                "install",
+                step=step,
+                blocks=[i.block for i in installs],
+                versions=[i.version for i in installs],
+                based_on=[i.through for i in installs],
+                route=installs[0].route,
+            )
+        return installs
+
+    # -- staleness ------------------------------------------------------------------------
+
+    def staleness(self, block: int) -> int:
+        """Current step minus the step that the installed version is based on; 0 before the
+        first install."""
+        install = self.installed[block]
+        return self.step_count - install.through if install.version else 0
+
+    def too_stale(self, block: int) -> bool:
+        """Whether a block's staleness has passed its bound (the same on all ranks)."""
+        return self.staleness(block) > self.config.resolved_max_staleness
+
+    def _stale_blocks(self, step: int) -> list[int]:
+        if self.config.staleness_policy != "fallback":
+            return []
+        return [block for block in self.lanes.blocks if self.too_stale(block)]
+
+    def _watch_staleness(self, step: int) -> None:
+        worst = max((self.staleness(b) for b in range(len(self.table))), default=0)
+        self.max_staleness_seen = max(self.max_staleness_seen, worst)
+        if worst > self.config.resolved_max_staleness and not self._staleness_warned:
+            self._staleness_warned = True
+            text = (
+                f"staleness {worst} is past max_staleness {self.config.resolved_max_staleness} "
+                f"at step {step}: policy {self.config.staleness_policy!r} acts"
+            )
+            log.warning(text)
+            self.emit("warning", text=text)
+
+    # -- ending ---------------------------------------------------------------------------
+
+    def close(self, timeout: float = 2.0) -> None:
+        """End the threads and links of this rank; local and idempotent."""
+        if self._closed:
+            return
+        self._closed = True
+        self.depot.count(observed=self.window.captures * len(self.lanes.blocks))
+        self.depot.drop(self.lanes.blocks, self.window.restart(self.step_count), "closed")
+        if self._reducing is not None:
+            captures = self._reducing.closed.captures
+            self.depot.count(observed=captures * len(self.lanes.blocks))
+            self.depot.drop(self.lanes.blocks, captures, "closed")
+        self._finalizer.detach()
+        ending.close_lanes(self.lanes, timeout)
+
+    def restore(self, step: int, installed: list[Install]) -> None:
+        """Take over restored versions.  Collectives under way are completed and discarded."""
+        if self._reducing is not None:
+            self.group.finish(self._reducing.works)
+            self.depot.drop(
+                self.lanes.blocks, self._reducing.closed.captures, "state_dict loaded"
+            )
+            self._reducing = None
+        if self._poll is not None:
+            self.group.finish_poll(self._poll)
+            self._poll = None
+        if self._spread is not None:
+            self.group.finish(self._spread.works)
+            self._spread = None
+        lost = self.window.restart(step)
+        self.depot.count(observed=lost * len(self.lanes.blocks))
+        self.depot.drop(self.lanes.blocks, lost, "state_dict loaded")
+        self.lanes.reseed()
+        self.step_count = step
+        self.installed = list(installed)
+        self._window_basis = list(installed)

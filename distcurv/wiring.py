@@ -1,0 +1,130 @@
+"""The one place where the training side meets the worker side.
+
+Turns ``workers=`` into links: an in-process service tied to a memory link, endpoints from the
+environment or the caller, or a worker process spawned on this node.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Callable, Sequence
+
+import torch
+
+from distcurv.errors import ConfigError
+from distcurv.observe.events import from_environment
+from distcurv.train.group import RankGroup
+from distcurv.train.lanes import OwnerLinks
+from distcurv.train.provider import Workers, register_connector, register_events
+from distcurv.wire import Link, Server, bind, connect
+from distcurv.wire.endpoints import parse_connectable
+from distcurv.worker.loop import run
+from distcurv.worker.service import Service
+from distcurv.worker.settings import WorkerSettings
+
+ENDPOINTS_VARIABLE = "DISTCURV_ENDPOINTS"
+_ENDPOINT_BYTES = 1024  # room for a node's endpoints when they are told to the other ranks
+
+
+class InlineService:
+    """A worker service in this process, started when it is first connected to."""
+
+    def __init__(self, device: torch.device, emit: Callable[..., None]) -> None:
+        self._device = device
+        self._emit = emit
+        self._lock = threading.Lock()
+        self._server: Server | None = None
+        self._stop = threading.Event()
+        self._thread: threading.Thread | None = None
+
+    def connect(self) -> Link:
+        """A link to the service."""
+        with self._lock:
+            if self._server is None:
+                self._server = bind("memory://")
+                self._thread = threading.Thread(
+                    target=self._serve, args=(self._server,), name="distcurv-inline", daemon=True
+                )
+                self._thread.start()
+            return connect(self._server.endpoint)
+
+    def _serve(self, server: Server) -> None:
+        settings = WorkerSettings(device=str(self._device))
+        service = Service(settings, self._emit, os.getpid())
+        run(server, service, stop=self._stop, emit=self._emit, name="inline")
+
+    def close(self) -> None:
+        """End the service; the refresh under way is finished first, at most 5 s are waited."""
+        self._stop.set()
+        if self._server is not None and self._thread is not None:
+            self._server.wake()
+            self._thread.join(5.0)
+
+
+def owner_links(workers: Workers, group: RankGroup) -> OwnerLinks:
+    """The connector that `distcurv` registers; called on all ranks together.
+
+    Raises `ConfigError` for a ``workers`` of an unknown form and `EndpointError` for malformed
+    endpoints."""
+    inline = InlineService(group.device, from_environment(f"rank{group.rank}"))
+    endpoints, end_spawned = _endpoints(workers, group)
+
+    def remote(endpoint: str) -> Callable[[], Link]:
+        return lambda: connect(endpoint)
+
+    def close() -> None:
+        inline.close()
+        end_spawned()
+
+    return OwnerLinks(
+        inline.connect, tuple((endpoint, remote(endpoint)) for endpoint in endpoints), close
+    )
+
+
+def _endpoints(workers: Workers, group: RankGroup) -> tuple[list[str], Callable[[], None]]:
+    if workers in (0, "inline"):
+        return [], lambda: None
+    if workers == "auto":
+        told = [e.strip() for e in os.environ.get(ENDPOINTS_VARIABLE, "").split(",")]
+        told = [e for e in told if e]
+        if told:
+            return _checked(told), lambda: None
+        return _spawn_one_per_node(group)
+    if isinstance(workers, Sequence) and not isinstance(workers, str) and workers:
+        return _checked(workers), lambda: None
+    raise ConfigError(
+        f"workers is {workers!r}: use 0 or 'inline', 'auto', or a list of endpoints such as "
+        "['tcp://127.0.0.1:5555']"
+    )
+
+
+def _checked(endpoints: Sequence[str]) -> list[str]:
+    for endpoint in endpoints:
+        if not isinstance(endpoint, str):
+            raise ConfigError(f"workers contains {endpoint!r}: endpoints are strings")
+        parse_connectable(endpoint)
+    return list(endpoints)
+
+
+def _spawn_one_per_node(group: RankGroup) -> tuple[list[str], Callable[[], None]]:
+    """The first rank of each node starts a worker and tells its endpoint to the node's ranks."""
+    from distcurv.launcher.supervisor import Supervisor
+
+    nodes = group.nodes()
+    first = nodes.index(nodes[group.rank])
+    note = torch.zeros(_ENDPOINT_BYTES, dtype=torch.uint8)
+    end: Callable[[], None] = lambda: None  # noqa: E731
+    if first == group.rank:
+        supervisor = Supervisor(workers=1)
+        supervisor.__enter__()
+        end = supervisor.close
+        text = ",".join(supervisor.endpoints).encode()
+        note[: len(text)] = torch.frombuffer(bytearray(text), dtype=torch.uint8)
+    told = group.gather(note)[first]
+    text = bytes(told.tolist()).rstrip(b"\0")
+    return text.decode().split(","), end
+
+
+register_connector(owner_links)
+register_events(from_environment)

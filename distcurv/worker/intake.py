@@ -1,0 +1,126 @@
+"""Takes an owner's seeds, statistics and acknowledgements in, after checking every claim.
+
+A statistic that is refused is always named (blocks and seq), because the owner keeps one in
+flight per block until it hears of it.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from distcurv.curvature.spec import Layout
+from distcurv.errors import ProtocolError
+from distcurv.wire.messages import Ack, Error, Seed, Statistics
+from distcurv.worker.replies import error_message
+from distcurv.worker.sessions import Session
+
+_WHY = {
+    "unknown_basis": "the basis version of the statistic is not held here: seed the block again",
+    "overrun": "too many statistics of the block wait already: send one at a time",
+    "non_finite": "the statistic has infinite or undefined numbers",
+}
+
+
+def check_statistics(session: Session, message: Statistics) -> list[Tensor]:
+    """One flat view of the payload per block; raises `ProtocolError` ``bad_statistics``."""
+    code = "bad_statistics"
+    _check_blocks(session, message.blocks, code, unique=True)
+    _check_lengths(code, message.blocks, message.basis)
+    if message.seq <= session.last_seq:
+        raise ProtocolError(
+            code, f"seq {message.seq} does not follow {session.last_seq} in this session"
+        )
+    if message.since > message.through:
+        raise ProtocolError(code, f"steps {message.since} to {message.through} are no range")
+    layouts = [session.store.blocks[block].statistic_layout for block in message.blocks]
+    return _split(message.payload, layouts, code)
+
+
+def queue_statistics(
+    session: Session, message: Statistics, parts: Sequence[Tensor], now: float
+) -> list[Error]:
+    """Queue what can be folded; one `Error` per reason names what cannot."""
+    session.last_seq = message.seq
+    finite = bool(torch.isfinite(message.payload).all())
+    refused: dict[str, list[int]] = defaultdict(list)
+    for block, basis, part in zip(message.blocks, message.basis, parts, strict=True):
+        code = session.store.refusal(block, basis)
+        if code is None and not finite and not bool(torch.isfinite(part).all()):
+            code = "non_finite"
+        if code is None:
+            session.store.enqueue(block, basis, message.seq, message.through, now, part)
+        else:
+            refused[code].append(block)
+    errors = []
+    for code, which in refused.items():
+        text = f"{_WHY[code]} ({', '.join(session.store.names(which)[:5])})"
+        errors.append(error_message(session.id, ProtocolError(code, text), which, message.seq))
+    return errors
+
+
+def take_seed(session: Session, message: Seed) -> None:
+    """Start blocks from full states.  All or nothing: raises `ProtocolError` ``bad_seed``."""
+    _check_blocks(session, message.blocks, "bad_seed", unique=False)
+    _check_lengths("bad_seed", message.blocks, message.versions, message.based_on)
+    layouts = [session.store.blocks[block].published_layout for block in message.blocks]
+    parts = _split(message.payload, layouts, "bad_seed")
+    newest: dict[int, int] = {}
+    for block, version in zip(message.blocks, message.versions, strict=True):
+        entry = session.store.blocks[block]
+        if not session.store.idle(block):
+            raise ProtocolError(
+                "bad_seed",
+                f"block {entry.spec.name} has statistics that are not folded yet: seed before "
+                "sending statistics, or open a new session",
+            )
+        if version <= newest.get(block, entry.newest):
+            raise ProtocolError(
+                "bad_seed",
+                f"version {version} of block {entry.spec.name} does not follow "
+                f"{newest.get(block, entry.newest)}: send versions oldest first",
+            )
+        newest[block] = version
+    if not bool(torch.isfinite(message.payload).all()):
+        raise ProtocolError("bad_seed", "the seed has infinite or undefined numbers")
+    for block, version, part in zip(message.blocks, message.versions, parts, strict=True):
+        session.store.seed(block, version, part)
+
+
+def take_ack(session: Session, message: Ack) -> None:
+    """Stop resending the versions that arrived."""
+    if message.what != "published":
+        raise ProtocolError("unexpected", f"a worker takes no ack of {message.what!r}")
+    _check_blocks(session, message.blocks, "bad_ack", unique=False)
+    _check_lengths("bad_ack", message.blocks, message.numbers)
+    for block, version in zip(message.blocks, message.numbers, strict=True):
+        session.store.acknowledge(block, version)
+
+
+def _check_blocks(session: Session, blocks: Sequence[int], code: str, *, unique: bool) -> None:
+    size = len(session.store.blocks)
+    for block in blocks:
+        if not 0 <= block < size:
+            raise ProtocolError(code, f"block {block} is not in this session's table of {size}")
+    if unique and len(set(blocks)) != len(blocks):
+        raise ProtocolError(code, "a block comes twice in one message")
+
+
+def _check_lengths(code: str, blocks: Sequence[int], *lists: Sequence[int]) -> None:
+    for other in lists:
+        if len(other) != len(blocks):
+            raise ProtocolError(code, f"{len(blocks)} blocks with {len(other)} numbers beside them")
+
+
+def _split(payload: Tensor, layouts: Sequence[Layout], code: str) -> list[Tensor]:
+    expected = sum(layout.size for layout in layouts)
+    if payload.dtype != torch.float32 or payload.dim() != 1 or payload.numel() != expected:
+        raise ProtocolError(
+            code,
+            f"the payload is {payload.dtype} {list(payload.shape)}: the blocks' layouts need "
+            f"float32 [{expected}]",
+        )
+    return list(torch.split(payload, [layout.size for layout in layouts]))

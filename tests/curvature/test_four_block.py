@@ -1,0 +1,199 @@
+"""The four-block step against the dense rule, in float64 and in float32."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from four_block_oracle import (
+    FLOAT32,
+    FLOAT64,
+    SHAPES,
+    DenseFourBlock,
+    assert_close,
+    dense_parts,
+    dimensions,
+    fresh,
+    generator,
+    nearby,
+    orthonormal,
+    skewed,
+    step,
+)
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from distcurv.curvature import four_block, four_block_turn
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_parts_are_orthogonal_and_sum_to_the_matrix(shape: tuple[int, int, int, int]) -> None:
+    d_out, d_in, g, a = shape
+    gen = generator(1)
+    x, u, w = skewed(d_out, d_in, gen), orthonormal(d_out, g, gen), orthonormal(d_in, a, gen)
+    parts = four_block.split(x, u, w)
+    full = [u @ parts.core_ga @ w.T]
+    full.append(parts.right_Oa @ w.T if parts.right_Oa.numel() else torch.zeros_like(x))
+    full.append(u @ parts.left_gI if parts.left_gI.numel() else torch.zeros_like(x))
+    full.append(x - sum(full))
+    for got, expected in zip(full, dense_parts(x, u, w).values(), strict=True):
+        assert float((got - expected).abs().max()) <= FLOAT64 * float(x.abs().max())
+    for i in range(4):
+        for j in range(i):
+            assert abs(float((full[i] * full[j]).sum())) <= FLOAT64 * float(x.square().sum())
+    energy = four_block.rest_energy(x, parts)
+    assert energy.dtype == torch.float64
+    torch.testing.assert_close(energy, full[3].square().sum(), rtol=1e-8, atol=1e-13)
+    assert (parts.right_Oa.numel() == 0) == (g == d_out)
+    assert (parts.left_gI.numel() == 0) == (a == d_in)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_direction_equals_the_dense_rule(shape: tuple[int, int, int, int]) -> None:
+    d_out, d_in, g, a = shape
+    gen = generator(2)
+    u, w = orthonormal(d_out, g, gen), orthonormal(d_in, a, gen)
+    reference, state = DenseFourBlock(u, w), fresh(shape)
+    for t in range(1, 16):
+        x = skewed(d_out, d_in, gen)
+        direction, state = step(state, x, u, w, t)
+        assert_close(direction, reference.update(x), 1e-7)
+
+
+def test_a_rest_of_pure_rounding_is_floored() -> None:
+    """A gradient that lies in the bases leaves a rest of rounding, which must not be blown up."""
+    gen = generator(3)
+    u, w = orthonormal(40, 3, gen), orthonormal(30, 3, gen)
+    state = four_block.init_state((40, 30), 3, 3)
+    for t in range(1, 6):
+        core = torch.randn(3, 3, generator=gen, dtype=torch.float64)
+        x = (u @ core @ w.T).float()
+        direction, state = step(state, x, u.float(), w.float(), t)
+        rest = dense_parts(direction.double(), u, w)["rest"]
+        assert float(rest.abs().max()) < 1e-3
+        assert float(direction.abs().max()) < 10
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_parts_of_the_momentum_follow_by_ema(shape: tuple[int, int, int, int]) -> None:
+    d_out, d_in, g, a = shape
+    gen = generator(4)
+    u, w = orthonormal(d_out, g, gen), orthonormal(d_in, a, gen)
+    state = fresh(shape)
+    for t in range(1, 30):
+        _, state = step(state, skewed(d_out, d_in, gen), u, w, t)
+    again = four_block.split(state.momentum_OI, u, w)
+    for kept, recomputed in zip(state[1:4], again, strict=True):
+        assert_close(kept, recomputed)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_batched_equals_looped(shape: tuple[int, int, int, int]) -> None:
+    """Leading dimensions 2×3 through update, turn, update."""
+    d_out, d_in, g, a = shape
+    gen = generator(11)
+
+    def bases() -> tuple[Tensor, Tensor]:
+        outs = torch.stack([orthonormal(d_out, g, gen) for _ in range(6)])
+        ins = torch.stack([orthonormal(d_in, a, gen) for _ in range(6)])
+        return outs.view(2, 3, d_out, g), ins.view(2, 3, d_in, a)
+
+    (u, w), (new_u, new_w) = bases(), bases()
+    xs = [torch.stack([skewed(d_out, d_in, gen) for _ in range(6)]) for _ in range(2)]
+    first, second = (x.view(2, 3, d_out, d_in) for x in xs)
+    state = four_block.init_state((2, 3, d_out, d_in), g, a, dtype=torch.float64)
+    _, state = step(state, first, u, w, 1)
+    state = four_block_turn.turn(state, u, w, new_u, new_w)
+    direction, state = step(state, second, new_u, new_w, 2)
+    for i in range(2):
+        for j in range(3):
+            one = fresh(shape)
+            _, one = step(one, first[i, j], u[i, j], w[i, j], 1)
+            one = four_block_turn.turn(one, u[i, j], w[i, j], new_u[i, j], new_w[i, j])
+            expected, one = step(one, second[i, j], new_u[i, j], new_w[i, j], 2)
+            assert_close(direction[i, j], expected)
+            for batched, looped in zip(state, one, strict=True):
+                assert_close(batched[i, j], looped)
+
+
+@pytest.mark.parametrize("shape", [*SHAPES, (96, 64, 16, 16)])
+@pytest.mark.parametrize("scale", [1e-4, 1.0, 1e4])
+def test_float32_stays_near_float64(shape: tuple[int, int, int, int], scale: float) -> None:
+    """20 steps with two turns, gradients of very different scale."""
+    d_out, d_in, g, a = shape
+    gen = generator(12)
+    narrow, wide = fresh(shape, torch.float32), fresh(shape)
+    u, w = orthonormal(d_out, g, gen), orthonormal(d_in, a, gen)
+    for t in range(1, 21):
+        if t % 7 == 0:
+            new_u, new_w = nearby(u, gen, 0.3), nearby(w, gen, 0.3)
+            wide = four_block_turn.turn(wide, u, w, new_u, new_w)
+            narrow = four_block_turn.turn(
+                narrow, u.float(), w.float(), new_u.float(), new_w.float()
+            )
+            u, w = new_u, new_w
+        x = skewed(d_out, d_in, gen) * scale
+        expected, wide = step(wide, x, u, w, t)
+        direction, narrow = step(narrow, x.float(), u.float(), w.float(), t)
+        assert direction.dtype == torch.float32
+        assert_close(direction, expected, FLOAT32)
+
+
+@settings(max_examples=60, deadline=None)
+@given(dims=dimensions, seed=st.integers(0, 10_000), scale=st.sampled_from([1e-3, 1.0, 1e3]))
+def test_direction_does_not_depend_on_the_gradients_scale(
+    dims: tuple[int, int, int, int, int, int], seed: int, scale: float
+) -> None:
+    d_out, d_in, g, a = dims[:4]
+    gen = generator(seed)
+    u, w = orthonormal(d_out, g, gen), orthonormal(d_in, a, gen)
+    one, other = fresh(dims[:4]), fresh(dims[:4])
+    for t in range(1, 4):
+        x = skewed(d_out, d_in, gen)
+        direction, one = four_block.update(one, x, u, w, step=t, eps=0.0)
+        scaled, other = four_block.update(other, x * scale, u, w, step=t, eps=0.0)
+        assert_close(scaled, direction, 1e-6)
+
+
+def test_half_precision_gradients_are_taken_in_the_states_dtype() -> None:
+    gen = generator(13)
+    u, w = orthonormal(6, 2, gen).float(), orthonormal(5, 2, gen).float()
+    x = skewed(6, 5, gen).bfloat16()
+    direction, state = step(fresh((6, 5, 2, 2), torch.float32), x, u, w, 1)
+    expected, _ = step(fresh((6, 5, 2, 2), torch.float32), x.float(), u, w, 1)
+    assert direction.dtype == state.momentum_OI.dtype == torch.float32
+    assert torch.equal(direction, expected)
+
+
+def test_a_zero_gradient_gives_a_zero_direction() -> None:
+    u, w = torch.eye(6)[:, :2], torch.eye(5)[:, :2]
+    direction, _ = step(fresh((6, 5, 2, 2), torch.float32), torch.zeros(6, 5), u, w, 1)
+    assert torch.equal(direction, torch.zeros(6, 5))
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: four_block.init_state((5,), 1, 1), "not a matrix"),
+        (lambda: four_block.init_state((5, 4), 6, 1), "rank_out 6 is not in 1..5"),
+        (lambda: four_block.init_state((5, 4), 5, 0), "rank_in 0 is not in 1..4"),
+        (lambda: four_block.init_state((5, 4), 1, 1, dtype=torch.bfloat16), "too narrow"),
+        (lambda: _bad_update(t=0), "step 0"),
+        (lambda: _bad_update(x=torch.zeros(4, 5)), "gradient has shape"),
+        (lambda: _bad_update(u=torch.eye(4)[:, :2]), "output basis has shape"),
+        (lambda: _bad_update(w=torch.eye(4)[:, :1]), "call turn"),
+    ],
+)
+def test_bad_input_is_refused_by_name(call: object, message: str) -> None:
+    assert callable(call)
+    with pytest.raises(ValueError, match=message):
+        call()
+
+
+def _bad_update(
+    t: int = 1, x: Tensor | None = None, u: Tensor | None = None, w: Tensor | None = None
+) -> None:
+    x = torch.zeros(5, 4) if x is None else x
+    u = torch.eye(5)[:, :2] if u is None else u
+    w = torch.eye(4)[:, :2] if w is None else w
+    step(fresh((5, 4, 2, 2), torch.float32), x, u, w, t)
