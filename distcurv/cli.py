@@ -1,8 +1,8 @@
 """The command ``distcurv``: finds the sub-command and turns bad values into one clear line.
 
-A sub-command is a module with ``add_arguments(parser)`` and ``run(args) -> int``, imported only when
-it is asked for, so that help is quick.  Exit codes: 0 success, 2 a bad value, 1 any other failure
-that distcurv raises on purpose; ``distcurv run`` returns the exit code of the script.
+A sub-command is a module with ``add_arguments(parser)`` and ``run(args) -> int``, imported only
+when it is asked for, so that help is quick.  Exit codes: 0 success, 2 a bad value, 1 any other
+failure that distcurv raises on purpose; ``distcurv run`` returns the exit code of the script.
 """
 
 from __future__ import annotations

@@ -212,9 +212,7 @@ class KfacConfig(ServiceConfig):
             require(
                 getattr(self, field) in allowed, self, field, f"use one of {', '.join(allowed)}"
             )
-        require(
-            _is_number(self.damping) and self.damping > 0, self, "damping", "give a number > 0"
-        )
+        require(_is_number(self.damping) and self.damping > 0, self, "damping", "give a number > 0")
         for field in ("kl_clip", "lr"):
             value = getattr(self, field)
             require(

@@ -81,8 +81,10 @@ def _send(pid: int, signum: signal.Signals) -> None:
 
 def _living() -> list[tuple[int, int]]:
     """(pid, parent pid) of every process that is not a zombie."""
-    if sys.platform == "linux":
-        return _living_by_proc()
+    return _living_by_proc() if sys.platform == "linux" else _living_by_ps()
+
+
+def _living_by_ps() -> list[tuple[int, int]]:
     listed = subprocess.run(
         ["ps", "-A", "-o", "pid=,ppid=,state="], capture_output=True, text=True, check=True
     )

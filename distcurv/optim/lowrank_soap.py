@@ -19,11 +19,13 @@ from distcurv.curvature.four_block import FourBlockState, init_state, update
 from distcurv.curvature.four_block_turn import turn
 from distcurv.curvature.statistics import encode_gradient
 from distcurv.errors import ConfigError, StateError
-from distcurv.optim.matrices import Matrix, find_matrices, matrix_spec
+from distcurv.optim.arguments import check_options, common_device, named_params
+from distcurv.optim.matrices import find_matrices, matrix_spec
 from distcurv.train import checkpoint, metrics
 from distcurv.train.activations import ActivationSource
-from distcurv.train.pipeline import Install, Pipeline
+from distcurv.train.pipeline import Pipeline
 from distcurv.train.provider import Workers
+from distcurv.train.switch import Install
 
 _FIELDS = FourBlockState._fields
 
@@ -62,7 +64,7 @@ class LowRankSOAP(torch.optim.Optimizer):
         replay: Sequence[Sequence[int]] | None = None,
         **settings: Any,
     ) -> None:
-        _check(lr, betas, eps, weight_decay)
+        check_options(lr, betas, eps, weight_decay)
         self.config = SoapConfig(rank=rank, source=source, **settings)
         model = params if isinstance(params, nn.Module) else None
         if model is None and source == "activations":
@@ -75,14 +77,12 @@ class LowRankSOAP(torch.optim.Optimizer):
         super().__init__(
             given, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
         )
-        named = list(self._named_params())
-        if any(p.is_complex() for _, p in named):
-            raise ConfigError("LowRankSOAP does not take complex parameters: view them as real")
+        named = named_params(self.param_groups)
         self._matrices = find_matrices(named)
         self._pipeline = Pipeline(
             [matrix_spec(matrix, self.config) for matrix in self._matrices],
             self.config,
-            device=_common_device([p for _, p in named]),
+            device=common_device([p for _, p in named]),
             replicated=source == "gradient",
             workers=workers,
             inline_fallback=True,
@@ -185,9 +185,7 @@ class LowRankSOAP(torch.optim.Optimizer):
             param.add_(direction.view(param.shape).mul_(-lr))
 
     def _update_vectors(self, group: dict[str, Any]) -> None:
-        params = [
-            p for p in group["params"] if p.grad is not None and id(p) not in self._block_of
-        ]
+        params = [p for p in group["params"] if p.grad is not None and id(p) not in self._block_of]
         if not params:
             return
         for param in params:
@@ -225,9 +223,7 @@ class LowRankSOAP(torch.optim.Optimizer):
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Continue from a `state_dict`; call it on all ranks at the same step."""
         if "curvature" not in state_dict:
-            raise StateError(
-                "this state_dict has no 'curvature' entry: it is not of a LowRankSOAP"
-            )
+            raise StateError("this state_dict has no 'curvature' entry: it is not of a LowRankSOAP")
         plain = {key: value for key, value in state_dict.items() if key != "curvature"}
         checkpoint.load(self._open_pipeline(), state_dict["curvature"])
         super().load_state_dict(plain)
@@ -280,33 +276,3 @@ class LowRankSOAP(torch.optim.Optimizer):
         if self._pipeline is None:
             raise StateError("LowRankSOAP is not constructed")
         return self._pipeline
-
-    def _named_params(self) -> Iterable[tuple[str, Tensor]]:
-        index = 0
-        for group in self.param_groups:
-            names = group.get("param_names") or [None] * len(group["params"])
-            for name, param in zip(names, group["params"], strict=True):
-                yield (name if name is not None else f"param{index}"), param
-                index += 1
-
-
-def _check(
-    lr: float | Tensor, betas: tuple[float, float], eps: float, weight_decay: float
-) -> None:
-    if not float(lr) >= 0:
-        raise ConfigError(f"LowRankSOAP lr is {lr}: give a number >= 0")
-    if len(betas) != 2 or not all(0 <= b < 1 for b in betas):
-        raise ConfigError(f"LowRankSOAP betas is {betas}: give two numbers in [0, 1)")
-    if not eps >= 0:
-        raise ConfigError(f"LowRankSOAP eps is {eps}: give a number >= 0")
-    if not weight_decay >= 0:
-        raise ConfigError(f"LowRankSOAP weight_decay is {weight_decay}: give a number >= 0")
-
-
-def _common_device(params: Sequence[Tensor]) -> torch.device:
-    devices = {p.device for p in params}
-    if len(devices) != 1:
-        raise ConfigError(
-            f"LowRankSOAP got parameters on {sorted(map(str, devices))}: put them on one device"
-        )
-    return devices.pop()

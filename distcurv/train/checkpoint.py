@@ -13,7 +13,8 @@ import torch
 
 from distcurv.errors import StateError
 from distcurv.train.depot import State
-from distcurv.train.pipeline import Install, Pipeline
+from distcurv.train.pipeline import Pipeline
+from distcurv.train.switch import Install
 
 FORMAT = 1
 

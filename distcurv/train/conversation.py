@@ -109,8 +109,8 @@ class Conversation:
         message = Statistics(
             session=self.session,
             seq=parcel.seq,
-            since=out.since,
-            through=out.through,
+            since=out.span.since,
+            through=out.span.through,
             blocks=[self._local[b] for b in out.blocks],
             basis=out.basis,
             payload=parcel.payload,
@@ -223,9 +223,7 @@ class Conversation:
                 f"came for blocks that need {sum(sizes)} float32 numbers"
             )
         taken: list[int] = []
-        for i, (block, part) in enumerate(
-            zip(blocks, message.payload.split(sizes), strict=True)
-        ):
+        for i, (block, part) in enumerate(zip(blocks, message.payload.split(sizes), strict=True)):
             flat = part.clone()
             seq, version = message.seqs[i], message.versions[i]
             if not bool(torch.isfinite(flat).all()):

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from distcurv.errors import DistcurvError
+from distcurv.train.backlog import Span
 from distcurv.train.conversation import Conversation, JobInfo, Parcel, SessionLost
 from distcurv.train.depot import Depot, InFlight
 from distcurv.wire.link import Link
@@ -36,9 +37,7 @@ class Outgoing:
     ``payload`` is the concatenation of the blocks' statistic layouts on the training device;
     ``ready`` is the CUDA event after which it may be read (None on the CPU)."""
 
-    since: int
-    through: int
-    captures: int
+    span: Span
     blocks: list[int]
     basis: list[int]
     payload: Tensor = field(repr=False)
@@ -103,7 +102,7 @@ class Courier:
                 return False
             seq = self._seq
             self._seq += 1
-            flight = InFlight(session, seq, out.since, out.through, out.captures)
+            flight = InFlight(session, seq, *out.span)
             self._depot.depart(out.blocks, flight)
             self._outbox.append(Parcel(seq, out))
             link = self._link
@@ -170,7 +169,7 @@ class Courier:
             return str(lost)
         except (DistcurvError, OSError) as error:
             return f"{type(error).__name__}: {error}"
-        except Exception as error:  # noqa: BLE001 - whatever a link does, training goes on
+        except Exception as error:
             log.exception("link to %s failed in an unforeseen way", self.name)
             return f"{type(error).__name__}: {error}"
 
@@ -224,8 +223,8 @@ class Courier:
             self._emit(
                 "statistic_sent",
                 seq=parcel.seq,
-                since=out.since,
-                through=out.through,
+                since=out.span.since,
+                through=out.span.through,
                 blocks=out.blocks,
                 basis=out.basis,
                 bytes=nbytes,

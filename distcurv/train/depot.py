@@ -124,9 +124,7 @@ class Depot:
             ):
                 return False
             del self._in_flight[block]
-            self._states[block].append(
-                State(version, flight.since, flight.through, flat, route)
-            )
+            self._states[block].append(State(version, flight.since, flight.through, flat, route))
             self.counts.folded += flight.captures
             if route == "worker":
                 self.counts.from_workers += 1
@@ -135,8 +133,14 @@ class Depot:
             self._changed.notify_all()
             return True
 
-    def drop_in_flight(self, reason: str, *, session: bytes, seq: int | None = None,
-                       blocks: Iterable[int] | None = None) -> int:
+    def drop_in_flight(
+        self,
+        reason: str,
+        *,
+        session: bytes,
+        seq: int | None = None,
+        blocks: Iterable[int] | None = None,
+    ) -> int:
         """Give up what is in flight in a session; counted and logged as dropped.
 
         Returns how many (block, statistic step) were lost."""

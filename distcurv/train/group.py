@@ -92,7 +92,9 @@ class RankGroup:
         """Raise `MismatchError` on all ranks unless ``number`` (int64) is the same on all."""
         numbers = [int(n) for n in self.gather(torch.tensor([number])).flatten()]
         if len(set(numbers)) > 1:
-            raise MismatchError(f"{what} differs between ranks {dict(enumerate(numbers))}: {remedy}")
+            raise MismatchError(
+                f"{what} differs between ranks {dict(enumerate(numbers))}: {remedy}"
+            )
 
     def begin_reduce(self, buckets: dict[int, Tensor]) -> list[dist.Work]:
         """Sum each owner's bucket to it; other ranks' buckets are garbage afterwards."""
@@ -117,9 +119,7 @@ class RankGroup:
         vector = torch.tensor(head + [-x for x in head] + resident, dtype=torch.int64)
         work = None
         if self._control is not None:
-            work = dist.all_reduce(
-                vector, op=dist.ReduceOp.MAX, group=self._control, async_op=True
-            )
+            work = dist.all_reduce(vector, op=dist.ReduceOp.MAX, group=self._control, async_op=True)
         return Poll(vector, work)
 
     def finish_poll(self, poll: Poll) -> list[int]:
@@ -163,17 +163,11 @@ class RankGroup:
         for owner in sorted(blocks):
             if owner not in headers:
                 headers[owner] = torch.zeros(len(blocks[owner]), 4, dtype=torch.int64)
-                buckets[owner] = torch.empty(
-                    sizes[owner], dtype=torch.float32, device=self.device
-                )
+                buckets[owner] = torch.empty(sizes[owner], dtype=torch.float32, device=self.device)
             if self._control is not None and self._tensors is not None:
-                work = dist.broadcast(
-                    headers[owner], src=owner, group=self._control, async_op=True
-                )
+                work = dist.broadcast(headers[owner], src=owner, group=self._control, async_op=True)
                 works += [work] if work is not None else []
-                work = dist.broadcast(
-                    buckets[owner], src=owner, group=self._tensors, async_op=True
-                )
+                work = dist.broadcast(buckets[owner], src=owner, group=self._tensors, async_op=True)
                 works += self._begun(work)
         return Spread(blocks, headers, buckets, works)
 

@@ -11,13 +11,13 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
-from torch import Tensor
 
 from distcurv.config import ServiceConfig
 from distcurv.errors import StateError
+from distcurv.train.backlog import Backlog, Span
 from distcurv.train.conversation import JobInfo
 from distcurv.train.courier import Courier, Outgoing
 from distcurv.train.depot import Depot
@@ -25,8 +25,6 @@ from distcurv.train.table import BlockTable, longest_processing_time, refresh_co
 from distcurv.wire.link import Link
 
 log = logging.getLogger("distcurv.train")
-
-_MAX_BASES = 2  # pending statistics per block: one per basis, two bases
 
 
 @dataclass(frozen=True)
@@ -39,17 +37,6 @@ class OwnerLinks:
     inline: Callable[[], Link]
     remotes: tuple[tuple[str, Callable[[], Link]], ...]
     close: Callable[[], None]
-
-
-@dataclass
-class Pending:
-    """A block's statistics against one basis that wait to be sent."""
-
-    basis: int
-    since: int
-    through: int
-    captures: int
-    flat: Tensor = field(repr=False)
 
 
 @dataclass
@@ -89,9 +76,11 @@ class Lanes:
         self._links = links
         self._warned = False
         self.blocks = table.owned_by(rank)
-        self._pending: dict[int, list[Pending]] = {block: [] for block in self.blocks}
+        self.backlog = Backlog(table, self.blocks, depot)
 
-        def courier(blocks: list[int], connect: Callable[[], Link], route: str, name: str) -> Courier:
+        def courier(
+            blocks: list[int], connect: Callable[[], Link], route: str, name: str
+        ) -> Courier:
             info = JobInfo(
                 # The in-process service serves this owner alone: its job is its own.
                 job=job if route == "worker" else os.urandom(16),
@@ -121,51 +110,7 @@ class Lanes:
                 remote.start()
             self.lanes.append(Lane(mine, remote))
 
-    @property
-    def has_workers(self) -> bool:
-        """Whether any lane has a worker process."""
-        return any(lane.remote is not None for lane in self.lanes)
-
-    def pending_steps(self) -> int:
-        """(block, statistic step) that wait to be sent."""
-        return sum(p.captures for queue in self._pending.values() for p in queue)
-
-    def oldest_basis(self, block: int, current: int) -> int:
-        """The oldest basis version against which a statistic of this block may still be sent."""
-        return min([current] + [p.basis for p in self._pending[block]])
-
     # -- statistics -----------------------------------------------------------------------
-
-    def add(
-        self, since: int, through: int, captures: int, bucket: Tensor, basis: list[int]
-    ) -> None:
-        """Add a closed and reduced window.
-
-        Args:
-            bucket: the owner's bucket, statistic layouts of its blocks in table order.
-            basis: version by block of the basis that the window was taken against.
-        """
-        sizes = [self._table.statistic_layouts[b].size for b in self.blocks]
-        self._depot.count(observed=captures * len(self.blocks))
-        if captures == 0:
-            return
-        for block, flat in zip(self.blocks, bucket.split(sizes), strict=True):
-            queue = self._pending[block]
-            if queue and queue[-1].basis == basis[block]:
-                queue[-1].flat.add_(flat)
-                queue[-1].through = through
-                queue[-1].captures += captures
-                continue
-            queue.append(Pending(basis[block], since, through, captures, flat))
-            if len(queue) > _MAX_BASES:
-                old = queue.pop(0)
-                self._depot.drop([block], old.captures, "statistics against an old basis")
-
-    def discard(self, block: int, reason: str) -> None:
-        """Drop everything that waits for a block."""
-        for pending in self._pending[block]:
-            self._depot.drop([block], pending.captures, reason)
-        self._pending[block] = []
 
     def post(self, step: int, *, early: bool, stale: bool, only: set[int] | None = None) -> None:
         """Hand over what may be sent.
@@ -179,36 +124,20 @@ class Lanes:
         for lane in self.lanes:
             courier = self._choose(lane, step, early=early, stale=stale)
             if courier is None:
-                self._warn_unreachable(lane)
                 continue
-            groups: dict[tuple[int, int, int], list[int]] = {}
-            for block in lane.blocks:
-                queue = self._pending[block]
-                if not queue or self._depot.in_flight(block) is not None:
-                    continue
-                if only is not None and block not in only:
-                    continue
-                key = (queue[0].since, queue[0].through, queue[0].captures)
-                groups.setdefault(key, []).append(block)
-            for key, blocks in groups.items():
-                self._send(courier, key, blocks)
+            blocks = [b for b in lane.blocks if only is None or b in only]
+            for span, group in self.backlog.sendable(blocks).items():
+                self._send(courier, span, group)
+        self.backlog.compact()
 
-    def _send(self, courier: Courier, key: tuple[int, int, int], blocks: list[int]) -> None:
-        first = [self._pending[block][0] for block in blocks]
-        payload = torch.cat([pending.flat for pending in first])
+    def _send(self, courier: Courier, span: Span, blocks: list[int]) -> None:
+        basis, payload = self.backlog.first(blocks)
         ready = None
         if payload.is_cuda:
             ready = torch.cuda.Event()
             ready.record()
-        out = Outgoing(*key, blocks, [pending.basis for pending in first], payload, ready)
-        if courier.offer(out):
-            for block in blocks:
-                self._pending[block].pop(0)
-        # What stays must not keep the whole bucket alive.
-        for queue in self._pending.values():
-            for pending in queue:
-                if pending.flat.untyped_storage().nbytes() > 4 * pending.flat.numel():
-                    pending.flat = pending.flat.clone()
+        if courier.offer(Outgoing(span, blocks, basis, payload, ready)):
+            self.backlog.sent(blocks)
 
     # -- routes ---------------------------------------------------------------------------
 
@@ -226,6 +155,7 @@ class Lanes:
         elif lane.remote.up and step >= lane.avoid_until:
             chosen = lane.remote
         else:
+            self._warn_unreachable(lane)
             chosen = self._inline() if self._fallback else None
         if chosen is not None and chosen is not lane.active:
             if lane.active is not None:
@@ -242,23 +172,16 @@ class Lanes:
         return self.inline
 
     def _warn_unreachable(self, lane: Lane) -> None:
-        if self._warned or lane.remote is None:
+        if self._warned or lane.remote is None or lane.remote.up:
             return
         self._warned = True
         text = (
             f"no curvature worker reachable at {lane.remote.name} "
-            f"({lane.remote.last_error or 'not connected yet'}): training goes on with what is "
-            "installed; statistics add up meanwhile"
+            f"({lane.remote.last_error or 'not connected yet'}): training goes on, "
+            + ("refreshing in process" if self._fallback else "with what is installed")
         )
         log.warning(text)
         self._emit("warning", text=text)
-
-    def warn_fallback(self) -> str | None:
-        """Name of a worker that the in-process service stands in for, if any."""
-        for lane in self.lanes:
-            if lane.remote is not None and lane.active is self.inline:
-                return lane.remote.name
-        return None
 
     # -- waiting and ending ---------------------------------------------------------------
 
@@ -284,8 +207,7 @@ class Lanes:
 
     def reseed(self) -> None:
         """Forget what every service knows (after load_state_dict): all is seeded anew."""
-        for block in self.blocks:
-            self.discard(block, "state_dict loaded")
+        self.backlog.discard(self.blocks, "state_dict loaded")
         for courier in [self.inline] + [lane.remote for lane in self.lanes if lane.remote]:
             courier.withdraw(self.blocks, "state_dict loaded")
         for lane in self.lanes:
@@ -301,6 +223,5 @@ class Lanes:
         for courier in couriers:
             if not courier.join(timeout):
                 log.warning("the link to %s hangs; its thread is left behind", courier.name)
-        for block in self.blocks:
-            self.discard(block, "closed")
+        self.backlog.discard(self.blocks, "closed")
         self._links.close()

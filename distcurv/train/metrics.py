@@ -26,7 +26,7 @@ def collect(pipeline: Pipeline) -> dict[str, float | int]:
         "statistics_sent": counts.sent,
         "statistics_folded": counts.folded,
         "statistics_dropped": counts.dropped,
-        "statistics_pending": lanes.pending_steps(),
+        "statistics_pending": lanes.backlog.steps(),
         "statistics_in_flight": pipeline.depot.in_flight_steps(),
         "bytes_to_workers": counts.bytes_out,
         "bytes_from_workers": counts.bytes_in,

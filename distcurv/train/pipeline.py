@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import logging
 import weakref
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
@@ -18,34 +18,21 @@ from torch import Tensor
 
 from distcurv.config import ServiceConfig
 from distcurv.curvature.kinds import KINDS
-from distcurv.curvature.spec import BlockSpec, Tensors
+from distcurv.curvature.spec import BlockSpec
 from distcurv.errors import StateError
 from distcurv.train import ending, fingerprint
+from distcurv.train.backlog import Span
 from distcurv.train.depot import Depot, State
-from distcurv.train.group import Poll, RankGroup, Spread
+from distcurv.train.group import RankGroup
 from distcurv.train.lanes import Lanes
 from distcurv.train.log import InstallLog, Record, Replay
 from distcurv.train.provider import Workers, event_sink, job_identity, owner_links
+from distcurv.train.switch import Install, Switch
 from distcurv.train.table import BlockTable
 from distcurv.train.timetable import Action, Plan, Timetable
 from distcurv.train.window import Closed, Window
 
 log = logging.getLogger("distcurv.train")
-
-
-@dataclass(frozen=True)
-class Install:
-    """A block's installed version.  ``tensors`` are views of ``flat`` by name, on the training
-    device; ``version`` 0 is the random start and must not be applied."""
-
-    block: int
-    version: int
-    since: int
-    through: int
-    step: int
-    route: str
-    flat: Tensor = field(repr=False)
-    tensors: Tensors = field(repr=False)
 
 
 @dataclass
@@ -102,7 +89,9 @@ class Pipeline:
         self.depot = Depot(emit)
         links = owner_links(workers, self.group)
         inline = not links.remotes
-        self.group.agree("whether workers are used", int(inline), "give all ranks endpoints or none")
+        self.group.agree(
+            "whether workers are used", int(inline), "give all ranks endpoints or none"
+        )
         self.timetable = Timetable.from_config(config, inline=inline)
         self.installed = [self._start(block) for block in range(len(self.table))]
         self._window_basis = list(self.installed)
@@ -114,13 +103,18 @@ class Pipeline:
         self._reduces = not replicated
         job, generation = job_identity(self.group)
         self.lanes = Lanes(
-            self.table, self.group.rank, links, self.depot, config, job, generation, emit,
+            self.table,
+            self.group.rank,
+            links,
+            self.depot,
+            config,
+            job,
+            generation,
+            emit,
             inline_fallback,
         )
         self._reducing: _Reducing | None = None
-        self._poll: Poll | None = None
-        self._pinned: dict[int, State] = {}
-        self._spread: Spread | None = None
+        self._switch = Switch(self.group, self.table)
         self._print = fingerprint.Fingerprint(config.check_replicas)
         self._closed = False
         self._finalizer = weakref.finalize(self, ending.close_lanes, self.lanes, 2.0)
@@ -175,7 +169,7 @@ class Pipeline:
             elif action is Action.POLL:
                 self._begin_poll(step, plan, grads)
             elif action is Action.ANNOUNCE:
-                self._announce()
+                self._switch.announce(self.installed)
             else:
                 installs = self._install(step)
         self._watch_staleness(step)
@@ -197,13 +191,9 @@ class Pipeline:
         if not self.lanes.blocks:
             return
         closed = reducing.closed
-        self.lanes.add(
-            closed.since,
-            closed.through,
-            closed.captures,
-            closed.buckets[self.group.rank],
-            reducing.basis,
-        )
+        self.depot.count(observed=closed.captures * len(self.lanes.blocks))
+        span = Span(closed.since, closed.through, closed.captures)
+        self.lanes.backlog.add(span, closed.buckets[self.group.rank], reducing.basis)
         if self._waits(reducing.early):
             self.lanes.settle()
         only = None if self._replay is None else self._follow(self._replay, closed.through)
@@ -211,89 +201,39 @@ class Pipeline:
         self.lanes.post(step, early=reducing.early, stale=bool(stale), only=only)
         for block in self.lanes.blocks:
             basis = self._window_basis[block].version
-            self.depot.prune(block, self.lanes.oldest_basis(block, basis))
+            self.depot.prune(block, self.lanes.backlog.oldest_basis(block, basis))
 
     def _waits(self, early: bool) -> bool:
         return early or self.config.install_delay is not None or self._replay is not None
 
     def _follow(self, replay: Replay, through: int) -> set[int]:
-        send: set[int] = set()
-        for block in self.lanes.blocks:
-            verdict = replay.window(block, through)
-            if verdict == "drop":
-                self.lanes.discard(block, "not in the log that is replayed")
-            elif verdict == "send":
-                send.add(block)
-        return send
+        """The blocks that the log sends now; windows that it never folded are dropped."""
+        verdicts = {block: replay.window(block, through) for block in self.lanes.blocks}
+        lost = [block for block, verdict in verdicts.items() if verdict == "drop"]
+        self.lanes.backlog.discard(lost, "not in the log that is replayed")
+        return {block for block, verdict in verdicts.items() if verdict == "send"}
 
     def _begin_poll(self, step: int, plan: Plan, grads: Sequence[Tensor]) -> None:
-        if self._replay is not None:
+        replay = self._replay
+        if replay is not None:
             self.lanes.settle()
-        resident = [-1] * len(self.table)
-        self._pinned = {}
-        for block in self.lanes.blocks:
+
+        def resident(block: int) -> State | None:
             state = self.depot.newest(block, plan.based_on)
-            if self._replay is not None:
-                wanted = self._replay.version_at(block, self._install_step(step))
-                if wanted != state.version:
-                    continue
-            self._pinned[block] = state
-            resident[block] = state.version
-        self._poll = self.group.begin_poll(
-            step, self.table.digest_number, self._print.take(grads), resident
-        )
+            if replay is not None:
+                wanted = replay.version_at(block, self.timetable.install_step(step))
+                return state if state.version == wanted else None
+            return state
 
-    def _install_step(self, poll_step: int) -> int:
-        plan = self.timetable.plan(poll_step)
-        return poll_step if Action.INSTALL in plan.actions else poll_step + 2
-
-    def _announce(self) -> None:
-        if self._poll is None:
-            return
-        poll, self._poll = self._poll, None
-        resident = self.group.finish_poll(poll)
-        blocks: dict[int, list[int]] = {}
-        for block, version in enumerate(resident):
-            if version > self.installed[block].version:
-                blocks.setdefault(self.table.owners[block], []).append(block)
-        sizes = {
-            owner: sum(self.table.published_layouts[b].size for b in mine)
-            for owner, mine in blocks.items()
-        }
-        headers: dict[int, Tensor] = {}
-        buckets: dict[int, Tensor] = {}
-        mine = blocks.get(self.group.rank)
-        if mine:
-            states = [self._pinned[block] for block in mine]
-            headers[self.group.rank] = torch.tensor(
-                [[s.version, s.since, s.through, int(s.route == "worker")] for s in states]
-            )
-            flat = torch.cat([s.flat for s in states])
-            buckets[self.group.rank] = flat.to(self.device)
-        self._pinned = {}
-        self._spread = self.group.begin_broadcast(blocks, sizes, headers, buckets)
+        self._switch.begin_poll(step, self._print.take(grads), resident)
 
     def _install(self, step: int) -> list[Install]:
-        if self._spread is None:
-            return []
-        spread, self._spread = self._spread, None
-        self.group.finish(spread.works)
-        installs: list[Install] = []
-        for owner, blocks in sorted(spread.blocks.items()):
-            sizes = [self.table.published_layouts[b].size for b in blocks]
-            parts = spread.buckets[owner].split(sizes)
-            for block, part, head in zip(
-                blocks, parts, spread.headers[owner].tolist(), strict=True
-            ):
-                version, since, through, worker = head
-                layout = self.table.published_layouts[block]
-                install = Install(
-                    block, version, since, through, step, "worker" if worker else "inline",
-                    part, layout.views(part),
-                )
-                self.installed[block] = install
-                self.install_log.append(Record(step, block, version, since, through))
-                installs.append(install)
+        installs = self._switch.finish(step)
+        for install in installs:
+            self.installed[install.block] = install
+            self.install_log.append(
+                Record(step, install.block, install.version, install.since, install.through)
+            )
         if installs:
             self.emit(
                 "install",
@@ -354,16 +294,9 @@ class Pipeline:
         """Take over restored versions.  Collectives under way are completed and discarded."""
         if self._reducing is not None:
             self.group.finish(self._reducing.works)
-            self.depot.drop(
-                self.lanes.blocks, self._reducing.closed.captures, "state_dict loaded"
-            )
+            self.depot.drop(self.lanes.blocks, self._reducing.closed.captures, "state_dict loaded")
             self._reducing = None
-        if self._poll is not None:
-            self.group.finish_poll(self._poll)
-            self._poll = None
-        if self._spread is not None:
-            self.group.finish(self._spread.works)
-            self._spread = None
+        self._switch.abandon()
         lost = self.window.restart(step)
         self.depot.count(observed=lost * len(self.lanes.blocks))
         self.depot.drop(self.lanes.blocks, lost, "state_dict loaded")

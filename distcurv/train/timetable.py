@@ -133,3 +133,10 @@ class Timetable:
             3: (Action.POST,),
         }
         return Plan(cycle.get(phase, ()), False, None)
+
+    def install_step(self, poll_step: int) -> int:
+        """The step at which what is polled at ``poll_step`` gets installed."""
+        step = poll_step
+        while Action.INSTALL not in self.plan(step).actions:
+            step += 1
+        return step

@@ -26,9 +26,7 @@ class Closed:
         buckets: flat float32 tensor by owner rank.
     """
 
-    def __init__(
-        self, since: int, through: int, captures: int, buckets: dict[int, Tensor]
-    ) -> None:
+    def __init__(self, since: int, through: int, captures: int, buckets: dict[int, Tensor]) -> None:
         self.since = since
         self.through = through
         self.captures = captures

@@ -26,8 +26,8 @@ _WHY = {
 
 
 def check_statistics(session: Session, message: Statistics) -> list[Tensor]:
-    """One flat view of the payload per block; raises `ProtocolError` ``bad_statistics``."""
-    code = "bad_statistics"
+    """One flat view of the payload per block; raises `ProtocolError` ``bad_statistic``."""
+    code = "bad_statistic"
     _check_blocks(session, message.blocks, code, unique=True)
     _check_lengths(code, message.blocks, message.basis)
     if message.seq <= session.last_seq:
@@ -63,31 +63,32 @@ def queue_statistics(
 
 
 def take_seed(session: Session, message: Seed) -> None:
-    """Start blocks from full states.  All or nothing: raises `ProtocolError` ``bad_seed``."""
-    _check_blocks(session, message.blocks, "bad_seed", unique=False)
-    _check_lengths("bad_seed", message.blocks, message.versions, message.based_on)
+    """Start blocks anew from full states; all versions of a block come in one message.
+
+    All or nothing: raises `ProtocolError` ``bad_seed``."""
+    code = "bad_seed"
+    _check_blocks(session, message.blocks, code, unique=False)
+    _check_lengths(code, message.blocks, message.versions, message.based_on)
     layouts = [session.store.blocks[block].published_layout for block in message.blocks]
-    parts = _split(message.payload, layouts, "bad_seed")
-    newest: dict[int, int] = {}
-    for block, version in zip(message.blocks, message.versions, strict=True):
-        entry = session.store.blocks[block]
-        if not session.store.idle(block):
-            raise ProtocolError(
-                "bad_seed",
-                f"block {entry.spec.name} has statistics that are not folded yet: seed before "
-                "sending statistics, or open a new session",
-            )
-        if version <= newest.get(block, entry.newest):
-            raise ProtocolError(
-                "bad_seed",
-                f"version {version} of block {entry.spec.name} does not follow "
-                f"{newest.get(block, entry.newest)}: send versions oldest first",
-            )
-        newest[block] = version
+    parts = _split(message.payload, layouts, code)
     if not bool(torch.isfinite(message.payload).all()):
-        raise ProtocolError("bad_seed", "the seed has infinite or undefined numbers")
+        raise ProtocolError(code, "the seed has infinite or undefined numbers")
+    seeds: dict[int, dict[int, Tensor]] = defaultdict(dict)
     for block, version, part in zip(message.blocks, message.versions, parts, strict=True):
-        session.store.seed(block, version, part)
+        held = seeds[block]
+        if held and version <= max(held):
+            raise ProtocolError(
+                code,
+                f"version {version} of block {session.store.names([block])[0]} comes after "
+                f"{max(held)}: send versions oldest first",
+            )
+        if len(held) >= session.store.settings.max_bases:
+            raise ProtocolError(
+                code, f"more than {len(held)} versions of block {session.store.names([block])[0]}"
+            )
+        held[version] = part
+    for block, versions in seeds.items():
+        session.store.seed(block, versions)
 
 
 def take_ack(session: Session, message: Ack) -> None:

@@ -89,7 +89,9 @@ class Refreshing:
         done: list[tuple[int, Release]] = []
         failed: list[tuple[int, str]] = []
         for item, result in zip(job.items, outcome.results, strict=True):
-            if isinstance(result, Folded):
+            if not session.store.computing(item.block):
+                log.info("result for %s discarded: it was seeded anew meanwhile", item.name)
+            elif isinstance(result, Folded):
                 done.append((item.block, session.store.fold(item.block, result, share, now)))
             else:
                 session.store.fail(item.block)

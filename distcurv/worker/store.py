@@ -7,7 +7,7 @@ statistics and the newest version that its owner has not acknowledged.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from torch import Tensor
@@ -89,22 +89,27 @@ class BlockStore:
     def unfolded(self) -> int:
         """Statistics received and not yet folded, those being computed included."""
         waiting = sum(len(self.blocks[block].queue) for block in self._with_queue)
-        return waiting + sum(block.computing is not None for block in self.blocks)
+        return waiting + sum(map(self.computing, range(len(self.blocks))))
 
-    def idle(self, block: int) -> bool:
-        """Whether no statistic of this block waits or is being folded."""
+    def seed(self, block: int, versions: Mapping[int, Tensor]) -> None:
+        """Start a block anew from these versions (flat, ascending); the last is the newest.
+
+        Whatever was known of the block is forgotten, statistics that wait or are being folded
+        included: the owner has given them up and counted them, else it would not seed again.
+        The tensors are copied, because the payload they lie in is larger."""
         entry = self.blocks[block]
-        return not entry.queue and entry.computing is None
-
-    def seed(self, block: int, version: int, published: Tensor) -> None:
-        """Make ``version`` the newest; its state is derived when first needed.
-
-        ``published`` (flat) is copied, because the payload it lies in is larger."""
-        entry = self.blocks[block]
-        entry.newest = version
+        entry.bases = {version: published.clone() for version, published in versions.items()}
+        entry.newest = max(versions)
         entry.state = None
+        entry.innovation = -1.0
+        entry.queue.clear()
+        entry.computing = None
+        self._with_queue.pop(block, None)
         self.unacknowledged.pop(block, None)
-        self._keep_basis(entry, version, published.clone())
+
+    def computing(self, block: int) -> bool:
+        """Whether a statistic of this block is being folded (no: it was seeded meanwhile)."""
+        return self.blocks[block].computing is not None
 
     def refusal(self, block: int, basis: int) -> str | None:
         """The error code for a statistic that cannot be taken, or None."""

@@ -70,7 +70,7 @@ def test_killed_worker_is_restarted_on_its_port_and_said_so() -> None:
 
 
 def test_worker_that_ends_before_it_is_ready_is_reported_with_its_words() -> None:
-    with pytest.raises(LaunchError, match="worker0 .*exit code 7 before.*this worker cannot start"):
+    with pytest.raises(LaunchError, match=r"worker0 .*exit code 7 before.*this worker cannot"):
         Supervisor(2, command=FAKE, env={"FAKE_FAIL": "1"}, report=str).__enter__()
 
 

@@ -255,8 +255,8 @@ def test_seed_then_statistic_gives_the_next_version_bit_for_bit(script: Script) 
 
 def test_statistics_against_the_older_of_two_seeded_versions(script: Script) -> None:
     session = script.open(A, SPECS)
-    script.seed(A, session, 0, 7, flat(1, 1, 1))
-    script.seed(A, session, 0, 8, flat(2, 2, 2))
+    payload = flat(1, 1, 1, 0, 5, 5, 5, 0, 2, 2, 2, 0)
+    assert script.say(A, Seed(session, [0, 1, 0], [7, 1, 8], [-1, -1, -1], payload)) == []
     script.statistic(A, session, 0, {0: (7, Y)})
     published = script.compute()[1][1]
     assert published.versions == [9]
@@ -268,18 +268,12 @@ def test_statistics_against_the_older_of_two_seeded_versions(script: Script) -> 
     assert (refusal.blocks, refusal.seq) == ([0], 2)
 
 
-def test_several_versions_of_a_block_in_one_seed(script: Script) -> None:
-    session = script.open(A, SPECS)
-    payload = flat(1, 1, 1, 0, 2, 2, 2, 0)
-    assert script.say(A, Seed(session, [0, 0], [7, 8], [-1, -1], payload)) == []
-    assert script.statistic(A, session, 0, {0: (7, Y)}) == []
-
-
 @pytest.mark.parametrize(
     "seed",
     [
         Seed(SID, [2], [4], [0], flat(0, 0, 0, 0)),  # no such block
-        Seed(SID, [0], [3], [0], flat(0, 0, 0, 0)),  # the version that is there
+        Seed(SID, [0, 0], [5, 5], [0, 0], flat(0, 0, 0, 0, 0, 0, 0, 0)),  # twice the same
+        Seed(SID, [0] * 5, [4, 5, 6, 7, 8], [0] * 5, torch.zeros(20)),  # more than max_bases
         Seed(SID, [0, 0], [5, 4], [0, 0], flat(0, 0, 0, 0, 0, 0, 0, 0)),  # newest first
         Seed(SID, [0], [4], [0], flat(0, 0, 0)),  # too short
         Seed(SID, [0], [4], [0], flat(0, 0, 0, 0, 0)),  # too long
@@ -296,19 +290,29 @@ def test_bad_seeds_change_nothing(script: Script, seed: Seed) -> None:
     assert script.compute()[1][1].versions == [4]
 
 
-def test_a_seed_while_statistics_wait_is_refused_and_taken_when_they_are_folded(script) -> None:
+@pytest.mark.parametrize("version", [2, 3, 9], ids=["older", "same", "newer"])
+def test_a_seed_starts_its_block_anew_and_leaves_the_others(script: Script, version: int) -> None:
+    """Owners seed again when another route served a block, or when they gave a statistic up."""
     session = seeded(script)
-    script.statistic(A, session, 0, {0: (3, Y)})
-    late = Seed(session, [0], [9], [8], flat(5, 5, 5, 0))
-    assert codes(script.say(A, late)) == ["bad_seed"]
+    for seq in range(2):
+        script.statistic(A, session, seq, {0: (3, Y), 1: (3, Y)})
     job = script.service.next_job(script.now)
-    assert codes(script.say(A, late)) == ["bad_seed"], "under computation"
-    script.finish(job)
-    assert script.say(A, late) == []
-    script.statistic(A, session, 1, {0: (9, Y)})
+    script.seed(A, session, 0, version, flat(5, 5, 5))
+    ack, published = (message for _, message in script.finish(job))
+    assert (ack.blocks, published.blocks, published.versions) == ([1], [1], [4])
+    assert script.compute()[1][1].blocks == [1], "the queue of block 0 is gone"
+    assert script.compute() == []
+    if version != 3:
+        assert codes(script.statistic(A, session, 2, {0: (3, Y)})) == ["unknown_basis"]
+    script.statistic(A, session, 3, {0: (version, Y)})
     published = script.compute()[1][1]
-    assert published.versions == [10]
+    assert published.versions == [version + 1]
     assert torch.equal(published.payload, flat(56, 57, 55.5, 1))
+    script.seed(A, session, 0, version, flat(5, 5, 5))
+    resent = beats(script, 0.0) + beats(script, 1.0)
+    assert [message.blocks for message in resent if isinstance(message, Published)] == [[1]], (
+        "what it replaced is not resent"
+    )
 
 
 # -- statistics -------------------------------------------------------------------------------
@@ -386,7 +390,7 @@ def test_malformed_statistics_are_refused_whole_with_their_seq(script: Script, c
     script.statistic(A, session, 5, {1: (4, Y)})
     good = Statistics(session, 6, 0, 1, [0, 1], [3, 3], flat(0, 0, 0, 1, 0, 0, 0, 1))
     (refusal,) = script.say(A, dataclasses.replace(good, **change))
-    assert refusal.code == "bad_statistics"
+    assert refusal.code == "bad_statistic"
     assert refusal.blocks == change.get("blocks", [0, 1])
     assert refusal.seq == change.get("seq", 6)
     assert script.compute() == []

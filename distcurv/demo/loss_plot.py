@@ -1,0 +1,67 @@
+"""Draws loss.png: the loss of both trainings, against steps and against seconds."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import accumulate
+from pathlib import Path
+from typing import Any
+
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+_COLOURS = {"baseline": "#7a7a7a", "distcurv": "#c2410c"}
+_SMOOTHING_SHARE = 0.03  # of the steps; a minibatch's loss is noisy
+
+
+def draw_losses(path: Path, summary: dict[str, Any], result: dict[str, Any]) -> None:
+    """Write the picture.
+
+    Args:
+        path: where to; the ending says the format.
+        summary: of `distcurv.demo.report.summarise`.
+        result: of rank 0; its losses are the global batch's, its times the steps' wall times.
+    """
+    figure = Figure(figsize=(11, 4.5), layout="constrained")
+    FigureCanvasAgg(figure)
+    by_step, by_second = figure.subplots(1, 2, sharey=True)
+    for method, outcome in result["methods"].items():
+        optimizer = summary["optimizer" if method == "distcurv" else "baseline_optimizer"]
+        final = summary["final_loss" if method == "distcurv" else "baseline_final_loss"]
+        label = f"{optimizer['name']}, lr {optimizer['lr']:g}: ends at {final:.4g}"
+        losses = outcome["losses"]
+        seconds = list(accumulate(ms / 1000 for ms in outcome["step_ms"]))
+        _curve(by_step, range(1, len(losses) + 1), losses, label, _COLOURS[method])
+        _curve(by_second, seconds, losses, label, _COLOURS[method])
+    by_step.set_xlabel("optimizer steps")
+    by_second.set_xlabel("training time (seconds)")
+    by_step.set_ylabel(f"training loss ({summary['loss_unit']})")
+    for axes in (by_step, by_second):
+        axes.set_yscale("log")
+        axes.yaxis.set_major_formatter("{x:g}")
+        axes.yaxis.set_minor_formatter("{x:g}")
+        axes.grid(True, which="both", alpha=0.2)
+        axes.legend()
+    figure.suptitle(
+        f"{summary['task']}: {summary['ranks']} training ranks, {summary['workers']} curvature "
+        f"workers, rank {summary['rank']}, seed {summary['seed']}"
+    )
+    figure.savefig(path, dpi=130)
+
+
+def smooth(values: Sequence[float], width: int) -> list[float]:
+    """Mean over the last ``width`` values (over fewer at the beginning)."""
+    out = []
+    for end in range(1, len(values) + 1):
+        recent = values[max(0, end - width) : end]
+        out.append(sum(recent) / len(recent))
+    return out
+
+
+def _curve(
+    axes: Axes, places: Sequence[float], losses: Sequence[float], label: str, colour: str
+) -> None:
+    axes.plot(places, losses, color=colour, alpha=0.3, linewidth=0.8)
+    smoothed = smooth(losses, max(1, round(_SMOOTHING_SHARE * len(losses))))
+    axes.plot(places, smoothed, color=colour, linewidth=1.8, label=label)

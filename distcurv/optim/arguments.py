@@ -1,0 +1,47 @@
+"""What the optimizers ask of their arguments, checked at once and in one place."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from distcurv.errors import ConfigError
+
+
+def check_options(
+    lr: float | Tensor, betas: tuple[float, float], eps: float, weight_decay: float
+) -> None:
+    """Raise `ConfigError` for an option that cannot work."""
+    if not float(lr) >= 0:
+        raise ConfigError(f"lr is {lr}: give a number >= 0")
+    if len(betas) != 2 or not all(0 <= b < 1 for b in betas):
+        raise ConfigError(f"betas is {betas}: give two numbers in [0, 1)")
+    if not eps >= 0:
+        raise ConfigError(f"eps is {eps}: give a number >= 0")
+    if not weight_decay >= 0:
+        raise ConfigError(f"weight_decay is {weight_decay}: give a number >= 0")
+
+
+def common_device(params: Sequence[Tensor]) -> torch.device:
+    """The one device of the parameters; `ConfigError` when there are several."""
+    devices = {p.device for p in params}
+    if len(devices) != 1:
+        raise ConfigError(
+            f"the parameters are on {sorted(map(str, devices))}: put them on one device"
+        )
+    return devices.pop()
+
+
+def named_params(param_groups: Sequence[dict[str, Any]]) -> list[tuple[str, Tensor]]:
+    """Parameters of an optimizer's groups with their names (``param<i>`` where they have none)."""
+    named: list[tuple[str, Tensor]] = []
+    for group in param_groups:
+        names = group.get("param_names") or [None] * len(group["params"])
+        for name, param in zip(names, group["params"], strict=True):
+            if param.is_complex():
+                raise ConfigError(f"parameter {name} is complex: optimize its real view")
+            named.append((name if name is not None else f"param{len(named)}", param))
+    return named
