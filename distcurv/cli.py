@@ -13,6 +13,7 @@ import sys
 from collections.abc import Sequence
 from typing import NoReturn
 
+from distcurv import __version__
 from distcurv.errors import ConfigError, DistcurvError, EndpointError
 
 COMMANDS: dict[str, tuple[str, str]] = {
@@ -67,6 +68,9 @@ def _parse_command(words: Sequence[str]) -> str:
         epilog=f"commands:\n{lines}\n\n'distcurv COMMAND --help' tells more.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+    parser.add_argument("--version", action="version", version=f"distcurv {__version__}")
+    if words == ["--version"]:
+        parser.parse_args(words)
     if not words or words[0] in ("-h", "--help"):
         parser.print_help()
         parser.exit(0 if words else BAD_VALUE)

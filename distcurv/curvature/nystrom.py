@@ -70,9 +70,7 @@ def nystrom(Y_sum_dr: Tensor, Q_dr: Tensor, count: Tensor | float = 1.0) -> Eige
     Y_dr = Y_dr / torch.where(scale > 0, scale, 1.0)
     U_dr, lam_r, failed = _attempt(Y_dr, Q_dr.double(), dtype, dtype, 1.0)
     if bool(failed.any()):
-        again = _attempt(
-            Y_dr[failed], Q_dr.double()[failed], dtype, torch.float64, _RETRY_SHIFT
-        )
+        again = _attempt(Y_dr[failed], Q_dr.double()[failed], dtype, torch.float64, _RETRY_SHIFT)
         if bool(again.failed.any()):
             raise NumericsError(
                 f"nystrom: the core QᵀY of {int(again.failed.sum())} block(s) is not positive "

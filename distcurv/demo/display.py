@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import time
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Literal, Self
 
+from rich import box
 from rich.console import Console
 from rich.live import Live
 from rich.table import Table
@@ -14,6 +15,8 @@ from distcurv.demo.progress import Snapshot
 from distcurv.demo.settings import DemoSettings
 
 _LINE_PERIOD_S = 1.0
+# What fits on a terminal of 80 columns.
+_TITLES = ("training", "step", "loss", "ms/step", "version", "staleness", "busy", "traffic")
 
 
 def bytes_text(count: float) -> str:
@@ -85,8 +88,8 @@ class Display:
             return cells
         return cells | {
             "version": str(snapshot.version) if snapshot.version else "none",
-            "staleness": f"{snapshot.staleness} steps",
-            "worker busy": f"{snapshot.busy:.0%}" if snapshot.links_total else "in the ranks",
+            "staleness": str(snapshot.staleness),
+            "busy": f"{snapshot.busy:.0%}" if snapshot.links_total else "no worker",
             "traffic": f"{bytes_text(self._rates.get(snapshot.method, 0.0))}/s",
             "links": f"{snapshot.links_up}/{snapshot.links_total}",
         }
@@ -99,13 +102,15 @@ class Display:
     def _table(self) -> Table:
         settings = self._settings
         table = Table(
-            title=f"distcurv demo: {settings.task}, {settings.ranks} ranks, "
-            f"{settings.workers} workers, rank {settings.rank}",
+            title=f"distcurv demo: {settings.task}, ranks {settings.ranks}, "
+            f"workers {settings.workers}, r = {settings.rank}",
             title_justify="left",
+            box=box.SIMPLE_HEAD,
+            pad_edge=False,
         )
-        titles = ("training", "step", "loss", "ms/step", "version", "staleness")
-        for title in (*titles, "worker busy", "traffic", "links"):
-            table.add_column(title, justify="left" if title == "training" else "right")
+        for title in _TITLES:
+            justify: Literal["left", "right"] = "left" if title == "training" else "right"
+            table.add_column(title, justify=justify, no_wrap=True)
         for snapshot in self._newest.values():
             cells = self._cells(snapshot)
             table.add_row(*(cells.get(str(column.header), "") for column in table.columns))
@@ -115,8 +120,8 @@ class Display:
 def final_table(summary: dict[str, Any]) -> Table:
     """The comparison that the demo ends with."""
     table = Table(
-        title=f"{summary['task']}, {summary['steps']} steps, {summary['ranks']} ranks, "
-        f"{summary['workers']} workers",
+        title=f"{summary['task']}, {summary['steps']} steps, ranks {summary['ranks']}, "
+        f"workers {summary['workers']}, r = {summary['rank']}",
         title_justify="left",
     )
     table.add_column("")
@@ -139,8 +144,9 @@ def final_table(summary: dict[str, Any]) -> Table:
         "versions installed": summary["versions_installed"],
         "  made by workers": summary["versions_from_workers"],
         "largest staleness (steps)": summary["max_staleness"],
-        "statistics sent / dropped": (
-            f"{summary['statistics_sent']} / {summary['statistics_dropped']}"
+        "statistics messages sent": summary["statistics_sent"],
+        "block statistics dropped": (
+            f"{summary['statistics_dropped']} of {summary['statistics_observed']}"
         ),
         "to / from workers": (
             f"{bytes_text(summary['bytes_to_workers'])} / "

@@ -91,8 +91,8 @@ def _run_processes(
 ) -> tuple[int, list[int]]:
     """Workers and ranks from start to end; (exit code of the ranks, pids of the workers)."""
     display.say(
-        f"{settings.task}: {settings.resolved_steps} steps with AdamW, then with distcurv; "
-        f"{settings.ranks} training ranks, {settings.workers} curvature workers"
+        f"{settings.task}: {settings.resolved_steps} steps with AdamW, then as many with distcurv; "
+        f"training ranks: {settings.ranks}, curvature workers: {settings.workers}"
     )
     common = {DIRECTORY_VARIABLE: str(_events_folder(folder)), "OMP_NUM_THREADS": "1"}
     supervisor = Supervisor(

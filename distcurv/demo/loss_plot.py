@@ -12,7 +12,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 _COLOURS = {"baseline": "#7a7a7a", "distcurv": "#c2410c"}
-_SMOOTHING_SHARE = 0.03  # of the steps; a minibatch's loss is noisy
+_SMOOTHING_SHARE = 0.015  # of the steps, to either side; a minibatch's loss is noisy
 
 
 def draw_losses(path: Path, summary: dict[str, Any], result: dict[str, Any]) -> None:
@@ -44,18 +44,19 @@ def draw_losses(path: Path, summary: dict[str, Any], result: dict[str, Any]) -> 
         axes.grid(True, which="both", alpha=0.2)
         axes.legend()
     figure.suptitle(
-        f"{summary['task']}: {summary['ranks']} training ranks, {summary['workers']} curvature "
-        f"workers, rank {summary['rank']}, seed {summary['seed']}"
+        f"{summary['task']}: training ranks {summary['ranks']}, curvature workers "
+        f"{summary['workers']}, low rank r {summary['rank']}, seed {summary['seed']}"
     )
     figure.savefig(path, dpi=130)
 
 
-def smooth(values: Sequence[float], width: int) -> list[float]:
-    """Mean over the last ``width`` values (over fewer at the beginning)."""
+def smooth(values: Sequence[float], reach: int) -> list[float]:
+    """Mean over the ``2 * reach + 1`` values around each (over fewer, evenly, at the ends)."""
     out = []
-    for end in range(1, len(values) + 1):
-        recent = values[max(0, end - width) : end]
-        out.append(sum(recent) / len(recent))
+    for centre in range(len(values)):
+        here = min(reach, centre, len(values) - 1 - centre)
+        around = values[centre - here : centre + here + 1]
+        out.append(sum(around) / len(around))
     return out
 
 
@@ -63,5 +64,5 @@ def _curve(
     axes: Axes, places: Sequence[float], losses: Sequence[float], label: str, colour: str
 ) -> None:
     axes.plot(places, losses, color=colour, alpha=0.3, linewidth=0.8)
-    smoothed = smooth(losses, max(1, round(_SMOOTHING_SHARE * len(losses))))
+    smoothed = smooth(losses, round(_SMOOTHING_SHARE * len(losses)))
     axes.plot(places, smoothed, color=colour, linewidth=1.8, label=label)

@@ -74,12 +74,20 @@ def _names(events: Sequence[Event], pids: Mapping[str, int]) -> list[Record]:
     used = {
         (event["who"], track)
         for event in events
-        if (track := _COMPLETE.get(event["kind"], _INSTANTS.get(event["kind"]))) is not None
+        if (track := _track(event)) is not None
     }
     for who, track in sorted(used):
         name = f"{who} {'steps' if track == STEPS_TRACK else 'refreshes'}"
         records.append(_metadata("thread_name", pids[who], track, {"name": name}))
     return records
+
+
+def _track(event: Event) -> int | None:
+    """The track of an event's slice or instant; None for kinds that have neither."""
+    kind = event["kind"]
+    if kind in _INSTANTS and not event["who"].startswith("rank"):
+        return REFRESH_TRACK  # a worker has no steps
+    return _COMPLETE.get(kind, _INSTANTS.get(kind))
 
 
 def _metadata(name: str, pid: int, tid: int, args: Record) -> Record:
@@ -96,7 +104,7 @@ def _picture(event: Event, pid: int, origin: int) -> Record | None:
             "name": _title(event),
             "cat": kind,
             "pid": pid,
-            "tid": _COMPLETE[kind],
+            "tid": _track(event),
             "ts": _us(event["t0"], origin),
             "dur": max(0, event["t1"] - event["t0"]) / 1000,
             "args": args,
@@ -108,7 +116,7 @@ def _picture(event: Event, pid: int, origin: int) -> Record | None:
             "name": _title(event),
             "cat": kind,
             "pid": pid,
-            "tid": _INSTANTS[kind],
+            "tid": _track(event),
             "ts": _us(event["t"], origin),
             "args": args,
         }
@@ -213,7 +221,7 @@ class _Paths:
     def _name_blocks(self, received: Sequence[Event]) -> dict[Any, Any]:
         """Block as the rank calls it -> block as the worker does, from messages seen on both."""
         names: dict[Any, Any] = {}
-        same = ("since", "through", "bytes")
+        same = ("since", "through", "basis")
         for event in received:
             sent = [
                 candidate

@@ -23,6 +23,7 @@ from distcurv.optim.arguments import check_options, common_device, named_params
 from distcurv.optim.matrices import find_matrices, matrix_spec
 from distcurv.train import checkpoint, metrics
 from distcurv.train.activations import ActivationSource
+from distcurv.train.log import Record
 from distcurv.train.pipeline import Pipeline
 from distcurv.train.provider import Workers
 from distcurv.train.switch import Install
@@ -246,9 +247,9 @@ class LowRankSOAP(torch.optim.Optimizer):
         super().add_param_group(param_group)
 
     @property
-    def install_log(self) -> list[tuple[int, int, int, int, int]]:
+    def install_log(self) -> list[Record]:
         """(step, block, version, folded_from, folded_through) of every install."""
-        return [tuple(r) for r in self._open_pipeline().install_log.records()]
+        return self._open_pipeline().install_log.records()
 
     @property
     def block_names(self) -> list[str]:

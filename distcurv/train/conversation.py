@@ -62,10 +62,13 @@ class JobInfo:
 
 @dataclass
 class Parcel:
-    """Statistics under a sequence number, on their way through the courier."""
+    """Statistics under a sequence number, on their way through the courier.
+
+    ``seeds`` are the states that a worker needs which does not know a block yet."""
 
     seq: int
     out: Outgoing
+    seeds: dict[int, list[State]] = field(repr=False)
     payload: Tensor = field(default_factory=lambda: torch.empty(0), repr=False)
     fetched: bool = False
 
@@ -104,7 +107,7 @@ class Conversation:
         """Seed what is not seeded, then send.  False when the link is full: call again."""
         out = parcel.out
         self._congested = True
-        if not self._send_seeds([b for b in out.blocks if b not in self._seeded]):
+        if not self._send_seeds(parcel):
             return False
         message = Statistics(
             session=self.session,
@@ -118,9 +121,12 @@ class Conversation:
         self._congested = not self.link.send(message)
         return not self._congested
 
-    def _send_seeds(self, blocks: Sequence[int]) -> bool:
-        queue: list[tuple[int, State]] = [
-            (block, state) for block in blocks for state in self._depot.states(block)
+    def _send_seeds(self, parcel: Parcel) -> bool:
+        queue = [
+            (block, state)
+            for block in parcel.out.blocks
+            if block not in self._seeded
+            for state in parcel.seeds[block]
         ]
         while queue:
             chunk: list[tuple[int, State]] = []

@@ -104,7 +104,9 @@ class Courier:
             self._seq += 1
             flight = InFlight(session, seq, *out.span)
             self._depot.depart(out.blocks, flight)
-            self._outbox.append(Parcel(seq, out))
+            # Taken now: once these statistics count as sent, older versions may be pruned.
+            seeds = {block: self._depot.states(block) for block in out.blocks}
+            self._outbox.append(Parcel(seq, out, seeds))
             link = self._link
         if link is not None:
             link.wake()

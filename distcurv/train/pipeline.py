@@ -172,6 +172,9 @@ class Pipeline:
                 self._switch.announce(self.installed)
             else:
                 installs = self._install(step)
+        if Action.CLOSE in plan.actions:
+            # The next window begins with the next step, so what this step installed counts.
+            self._window_basis = list(self.installed)
         self._watch_staleness(step)
         self.step_count = step + 1
         return installs
@@ -181,7 +184,6 @@ class Pipeline:
         works = self.group.begin_reduce(closed.buckets) if self._reduces else []
         basis = [install.version for install in self._window_basis]
         self._reducing = _Reducing(closed, works, basis, plan.early)
-        self._window_basis = list(self.installed)
 
     def _post(self, step: int) -> None:
         if self._reducing is None:

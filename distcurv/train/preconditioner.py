@@ -25,6 +25,7 @@ from distcurv.train.activations import ActivationSource
 from distcurv.train.capture import Capture
 from distcurv.train.discover import FoundLayer, find_layer_blocks
 from distcurv.train.likelihood import Likelihood
+from distcurv.train.log import Record
 from distcurv.train.pipeline import Pipeline
 from distcurv.train.provider import Workers
 
@@ -208,9 +209,9 @@ class Preconditioner:
         self._source.arm_if_due()
 
     @property
-    def install_log(self) -> list[tuple[int, int, int, int, int]]:
+    def install_log(self) -> list[Record]:
         """(step, block, version, folded_from, folded_through) of every install."""
-        return [tuple(r) for r in self._pipeline.install_log.records()]
+        return self._pipeline.install_log.records()
 
     @property
     def block_names(self) -> list[str]:

@@ -225,7 +225,7 @@ def _bind(socket: zmq.Socket[bytes], place: Endpoint, deadline: float) -> None:
                 _require_free(place)
             socket.bind(str(place))
             break
-        except OSError as error:  # zmq's error is one
+        except (OSError, zmq.ZMQError) as error:
             if error.errno != errno.EADDRINUSE or time.monotonic() >= deadline:
                 raise EndpointError(f"endpoint '{place}' cannot be bound: {error}") from error
         time.sleep(0.02)

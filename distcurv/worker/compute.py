@@ -41,7 +41,7 @@ class Computer:
                 raise ConfigError(
                     f"worker device {device!r}: this machine has {count} CUDA devices"
                 )
-            self._stream = torch.cuda.Stream(self.device)  # type: ignore[no-untyped-call]
+            self._stream = torch.cuda.Stream(self.device)
 
     def run(self, job: Job) -> Outcome:
         """The results of a job, in the order of its items."""
@@ -167,7 +167,7 @@ class ComputeThread:
             outcome: Outcome | Exception
             try:
                 outcome = self._computer.run(job)
-            except Exception as error:  # not swallowed: `collect` raises it in the poll loop
+            except Exception as error:  # noqa: BLE001 - `collect` raises it in the poll loop
                 outcome = error
             self._done.put((job, outcome))
             self._wake()
