@@ -40,14 +40,11 @@ def ema_weights(decay: float, steps: Tensor, weight: Tensor) -> EmaWeights:
     """
     if not 0.0 <= decay < 1.0:
         raise ConfigError(f"decay is {decay}: give 0 <= decay < 1")
-    n = steps.double()
     w = weight.double()
-    kept = torch.pow(decay, n)
-    # expm1 keeps 1 - rho^n exact to rounding when rho is close to 1.
-    log_decay = torch.log(torch.tensor(decay, dtype=torch.float64))
-    fresh = torch.where(n > 0, -torch.expm1(n.clamp(min=1) * log_decay.to(n.device)), 0.0)
+    kept = torch.pow(decay, steps.double())
+    fresh = 1.0 - kept
     total = kept * w + fresh
-    stays = n <= 0
+    stays = steps <= 0
     safe = torch.where(stays | (total <= 0), 1.0, total)
     return EmaWeights(
         old_share=torch.where(stays, 1.0, kept * w / safe),

@@ -102,6 +102,8 @@ def complete(
         assert diag_d is not None
         res_d = diag_d - (U_dr.square() * lam_r.unsqueeze(-2)).sum(-1)
         return Estimate(U_dr, lam_r, clamp_rounding(res_d, trace, "the diagonal tail"), trace)
+    left_over = (trace - lam_r.sum(-1)).unsqueeze(-1)
+    clamp_rounding(left_over, trace, "what the basis leaves of the trace")
     return Estimate(U_dr, lam_r, None, trace)
 
 

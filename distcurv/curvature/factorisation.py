@@ -17,7 +17,8 @@ _LinAlgError: type[RuntimeError] = torch.linalg.LinAlgError  # type: ignore[attr
 def left_singular(matrix: Tensor) -> tuple[Tensor, Tensor]:
     """Left singular vectors [..., m, k] and values [..., k], descending, of [..., m, n] in float64.
 
-    k = min(m, n).  Raises `NumericsError` where the iteration does not converge.
+    k = min(m, n).  Raises `NumericsError` where the iteration does not converge, or ``matrix`` is
+    not finite.
     """
     try:
         P, sigma, _ = torch.linalg.svd(matrix.double(), full_matrices=False)
@@ -25,6 +26,8 @@ def left_singular(matrix: Tensor) -> tuple[Tensor, Tensor]:
         raise NumericsError(
             f"SVD of a {tuple(matrix.shape)} matrix failed in float64: {error}"
         ) from error
+    if not bool(torch.isfinite(sigma).all()):
+        raise NumericsError(f"SVD of a {tuple(matrix.shape)} matrix met NaN or infinite entries")
     return P, sigma
 
 

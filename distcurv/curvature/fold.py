@@ -16,7 +16,7 @@ from torch import Tensor
 
 from distcurv.curvature.estimate import Estimate, clamp_rounding
 from distcurv.curvature.factorisation import left_singular
-from distcurv.errors import NumericsError, ShapeError
+from distcurv.errors import ShapeError
 
 
 def fold(first: Estimate, second: Estimate, a: Tensor, b: Tensor) -> Estimate:
@@ -73,7 +73,3 @@ def _check(first: Estimate, second: Estimate) -> None:
             f"with tails of shapes {shapes[0]} and {shapes[1]}: both need the same dimension and "
             f"the same kind of tail"
         )
-    for place, estimate in (("first", first), ("second", second)):
-        for name, tensor in estimate._asdict().items():
-            if tensor is not None and not bool(torch.isfinite(tensor).all()):
-                raise NumericsError(f"fold: {name} of the {place} estimate is not finite")

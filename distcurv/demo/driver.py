@@ -34,8 +34,7 @@ from distcurv.observe.timeline import chrome_trace
 FAILED = 1
 LOG_NAME = "ranks.log"
 _POLL_S = 0.1
-_GRACE_S = 1.5  # after a signal; all must be gone within 5 s
-_WORKER_END_AFTER_SIGNAL_S = 1.0
+_WORKER_END_AFTER_SIGNAL_S = 1.5  # all must be gone within 5 s
 _TAIL_LINES = 20
 _ROUTINE = re.compile(r"\[worker\d+\] (INFO |tcp://)")
 
@@ -112,9 +111,9 @@ def _run_processes(
                 code = _watch(job, settings, folder, display, signals)
                 worker_pids = supervisor.pids
             finally:
-                job.end(_GRACE_S)
-        if signals.received:
-            supervisor.end_timeout = _WORKER_END_AFTER_SIGNAL_S
+                job.kill()  # after a signal: a rank has nothing to save before its end
+            if signals.received:
+                supervisor.end_timeout = _WORKER_END_AFTER_SIGNAL_S
         return code, worker_pids
 
 

@@ -76,9 +76,10 @@ class Keeper(threading.Thread):
         return process.pid if process is not None and process.poll() is None else None
 
     def stop(self) -> None:
-        """Restart no more, and ask the worker to end (SIGTERM)."""
-        self._stopping.set()
-        self._signal(signal.SIGTERM)
+        """Restart no more, and ask the worker to end (SIGTERM, once)."""
+        if not self._stopping.is_set():
+            self._stopping.set()
+            self._signal(signal.SIGTERM)
 
     def kill(self) -> None:
         """SIGKILL the worker (also one that is stopped)."""

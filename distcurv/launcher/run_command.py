@@ -24,7 +24,8 @@ _OWN_FLAGS = frozenset({"-h", "--help"})
 _OWN_OPTIONS = frozenset({"--workers", "--worker-device", "--worker-threads", "--grace"})
 _POLL_S = 0.05
 _WORKER_END_S = 5.0
-# After a signal everything is to be gone within --grace and about this long.
+# After a signal the workers are told to end so long before the script is killed, and killed
+# themselves so long after it: everything is to be gone soon after --grace.
 _WORKER_END_AFTER_SIGNAL_S = 1.0
 
 
@@ -65,10 +66,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--grace",
         type=seconds,
-        default=3.0,
+        default=2.5,
         metavar="SECONDS",
         help="after Ctrl-C, SIGTERM or SIGHUP: how long the script may take to end before it is "
-        "killed (default 3); a second signal kills at once",
+        "killed (default 2.5); a second signal kills at once",
     )
 
 
@@ -90,7 +91,7 @@ def run(args: argparse.Namespace) -> int:
             with supervisor:
                 env = {ENDPOINTS_VARIABLE: ",".join(supervisor.endpoints)} if args.workers else {}
                 with run_torchrun(argv, env=env) as job:
-                    code = _await(job, signals, args.grace)
+                    code = _await(job, signals, args.grace, supervisor)
                 if signals.received:
                     supervisor.end_timeout = _WORKER_END_AFTER_SIGNAL_S
         except LaunchError:
@@ -102,7 +103,7 @@ def run(args: argparse.Namespace) -> int:
         return of_signal(signals.received[0]) if signals.received else code
 
 
-def _await(job: Job, signals: SignalBox, grace: float) -> int:
+def _await(job: Job, signals: SignalBox, grace: float, supervisor: Supervisor) -> int:
     """Wait for the job's end; pass the first signal on to it, kill it when it takes too long."""
     deadline: float | None = None
     while True:
@@ -110,8 +111,13 @@ def _await(job: Job, signals: SignalBox, grace: float) -> int:
             return job.wait(_POLL_S)
         except subprocess.TimeoutExpired:
             pass
-        if signals.received and deadline is None:
+        if not signals.received:
+            continue
+        now = time.monotonic()
+        if deadline is None:
             job.send_signal(signals.received[0])
-            deadline = time.monotonic() + grace
-        if deadline is not None and (time.monotonic() > deadline or len(signals.received) > 1):
+            deadline = now + grace
+        if now > deadline - _WORKER_END_AFTER_SIGNAL_S:
+            supervisor.stop()
+        if now > deadline or len(signals.received) > 1:
             return job.kill()

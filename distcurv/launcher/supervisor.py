@@ -118,10 +118,14 @@ class Supervisor:
     ) -> None:
         self.close()
 
-    def close(self) -> None:
-        """End all workers: SIGTERM, then SIGKILL after ``end_timeout``; idempotent."""
+    def stop(self) -> None:
+        """Ask all workers to end (SIGTERM) and restart none; does not wait."""
         for keeper in self._keepers:
             keeper.stop()
+
+    def close(self) -> None:
+        """End all workers: SIGTERM, then SIGKILL after ``end_timeout``; idempotent."""
+        self.stop()
         self._join(time.monotonic() + self.end_timeout)
         for keeper in self._keepers:
             if keeper.is_alive():

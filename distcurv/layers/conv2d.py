@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.grad import conv2d_weight
 
-from distcurv.curvature.precision import at_least_float32, full_float32
+from distcurv.curvature.precision import at_least_float32
 from distcurv.curvature.spec import SideSpec, Tensors
 from distcurv.errors import CaptureError
 from distcurv.layers.layer import WeightSharing
@@ -153,9 +153,8 @@ def _sketch(
     basis_dr = require_basis(side, basis_dr, x_NCHW)
     weights_dr, bias_r = (basis_dr[:-1], basis_dr[-1]) if bias else (basis_dr, None)
     filters_rCJK = weights_dr.T.reshape(side.rank, x_NCHW.shape[1], *conv.kernel_size)
-    with full_float32(x_NCHW.device):
-        projected_NrPQ = F.conv2d(x_NCHW, filters_rCJK, bias_r, stride=conv.stride)
-        y_rCJK = conv2d_weight(x_NCHW, filters_rCJK.shape, projected_NrPQ, stride=conv.stride)
+    projected_NrPQ = F.conv2d(x_NCHW, filters_rCJK, bias_r, stride=conv.stride)
+    y_rCJK = conv2d_weight(x_NCHW, filters_rCJK.shape, projected_NrPQ, stride=conv.stride)
     samples, _, height, width = projected_NrPQ.shape
     squares_1CHW = x_NCHW.square().sum(0, keepdim=True)
     diag_d = _box_sums(conv, squares_1CHW, height, width).flatten()

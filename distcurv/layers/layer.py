@@ -63,7 +63,8 @@ class LayerIO(Protocol):
         """The sums of side A for one call: ``Y``, ``diag`` (where the tail is diagonal) and
         ``trace``, or ``packed``; and ``count``.  In float64 for a float64 input, else in float32.
 
-        ``basis_dr`` is the installed basis, needed for the encoding ``sketch`` alone.
+        ``basis_dr`` is the installed basis, needed for the encoding ``sketch`` alone.  The caller
+        has entered `full_float32` and no_grad, so that no product is rounded by autocast or TF32.
         Raises `CaptureError` where the input has no batch dimension."""
         ...
 

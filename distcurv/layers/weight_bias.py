@@ -8,7 +8,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from distcurv.curvature.precision import full_float32
 from distcurv.curvature.spec import SideSpec, Tensors
 from distcurv.curvature.statistics import encode_rows
 from distcurv.errors import CaptureError, ShapeError
@@ -117,9 +116,8 @@ def encode_affine_rows(
     if basis_dr is None or side.encoding == "dense":
         ones_N1 = rows_Nd.new_ones(rows_Nd.shape[0], 1)
         return encode_rows(side, torch.cat([rows_Nd, ones_N1], dim=1), None)
-    with full_float32(rows_Nd.device):
-        projected_Nr = torch.addmm(basis_dr[-1], rows_Nd, basis_dr[:-1])
-        y_weight_dr = rows_Nd.T @ projected_Nr
+    projected_Nr = torch.addmm(basis_dr[-1], rows_Nd, basis_dr[:-1])
+    y_weight_dr = rows_Nd.T @ projected_Nr
     diag_d = rows_Nd.square().sum(0)
     return affine_sketch(side, y_weight_dr, projected_Nr.sum(0), diag_d, rows_Nd.shape[0])
 

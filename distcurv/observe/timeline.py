@@ -71,11 +71,7 @@ def _names(events: Sequence[Event], pids: Mapping[str, int]) -> list[Record]:
     for who, pid in pids.items():
         records.append(_metadata("process_name", pid, 0, {"name": who}))
         records.append(_metadata("process_sort_index", pid, 0, {"sort_index": pid}))
-    used = {
-        (event["who"], track)
-        for event in events
-        if (track := _track(event)) is not None
-    }
+    used = {(event["who"], track) for event in events if (track := _track(event)) is not None}
     for who, track in sorted(used):
         name = f"{who} {'steps' if track == STEPS_TRACK else 'refreshes'}"
         records.append(_metadata("thread_name", pids[who], track, {"name": name}))
@@ -203,7 +199,9 @@ class _Paths:
         number = 0
         for refresh in self._refreshes:
             sent = self._origin_of(refresh)
-            start = self._inside_step(sent["who"], sent["t"]) if sent else None
+            # The sender writes its event when the message is gone; the worker may be quicker.
+            left = min(sent["t"], refresh["t0"]) if sent else 0
+            start = self._inside_step(sent["who"], left) if sent else None
             if sent is None or start is None:
                 continue
             number += 1

@@ -23,6 +23,7 @@ from distcurv.optim.arguments import check_options, common_device, named_params
 from distcurv.optim.matrices import find_matrices, matrix_spec
 from distcurv.train import checkpoint, metrics
 from distcurv.train.activations import ActivationSource
+from distcurv.train.discover import bare_model
 from distcurv.train.log import Record
 from distcurv.train.pipeline import Pipeline
 from distcurv.train.provider import Workers
@@ -74,7 +75,8 @@ class LowRankSOAP(torch.optim.Optimizer):
                 "instead of its parameters, or use source='gradient'"
             )
         self._pipeline: Pipeline | None = None
-        given: Any = list(model.named_parameters()) if model is not None else params
+        # Names of the bare model: a state_dict fits with and without DistributedDataParallel.
+        given: Any = params if model is None else list(bare_model(model).named_parameters())
         super().__init__(
             given, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
         )

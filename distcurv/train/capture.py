@@ -134,8 +134,7 @@ class Capture:
         self._remove_hook.atexit = False
 
     def disarm(self) -> None:
-        """Watch nothing any more; calls that wait for their backward are dropped.  May be called
-        at any time, also twice."""
+        """Watch nothing any more; calls that wait for their backward are dropped."""
         if self._remove_hook is not None:
             self._remove_hook()
             self._remove_hook = None

@@ -1,7 +1,7 @@
 """Links by scheme.  A new link is one file with a link and a server, and one line in each table.
 
-    server = bind("tcp://127.0.0.1:0")
-    link = connect(server.endpoint)
+server = bind("tcp://127.0.0.1:0")
+link = connect(server.endpoint)
 """
 
 from __future__ import annotations

@@ -164,7 +164,9 @@ class MemoryServer(ThreadOwned):
         while (got := self.inbox.get(deadline)) is not None:
             peer, frames = got
             if peer in self._dropped:
-                continue
+                if time.monotonic() < deadline:
+                    continue
+                break  # a dropped peer that floods must not hold the caller
             content: Message | ProtocolError
             try:
                 content = decode(frames, self._limits)

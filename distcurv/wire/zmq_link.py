@@ -127,7 +127,9 @@ class ZmqServer(ThreadOwned):
         while (parts := _receive(self._socket, self._waker, deadline)) is not None:
             peer, frames = parts[0].bytes, parts[1:]
             if peer in self._dropped:
-                continue
+                if time.monotonic() < deadline:
+                    continue
+                break  # a dropped peer that floods must not hold the caller
             content: Message | ProtocolError
             try:
                 content = decode([frame.buffer for frame in frames], self._limits)

@@ -9,6 +9,7 @@ import logging
 import os
 import signal
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
@@ -16,6 +17,7 @@ from types import FrameType
 import torch
 
 from distcurv.wire import bind as bind_server
+from distcurv.wire.zmq_link import LINGER_MS
 from distcurv.worker.compute import Computer
 from distcurv.worker.loop import run
 from distcurv.worker.service import Service
@@ -44,7 +46,6 @@ def serve(
     `EndpointError` at once."""
     settings = dataclasses.replace(settings or WorkerSettings(), device=device, threads=threads)
     Computer(settings.device)  # refuses a device that is not there before anybody connects
-    torch.set_num_threads(settings.threads)
     stop = threading.Event()
 
     def on_signal(number: int, frame: FrameType | None) -> None:
@@ -53,12 +54,16 @@ def serve(
     previous = {number: signal.signal(number, on_signal) for number in SIGNALS}
     try:
         server = bind_server(bind)
+        torch.set_num_threads(settings.threads)
         service = Service(settings, emit, os.getpid())
         print(server.endpoint, flush=True)
         if ready_file is not None:
             _write_ready(Path(ready_file), server.endpoint)
         log.info("%s listens on %s, device %s", name, server.endpoint, settings.device)
         run(server, service, stop=stop, emit=emit, name=name)
+        # The closed link sends its last words in the background; a process that ended now
+        # would cut them off.
+        time.sleep(LINGER_MS / 1000)
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)

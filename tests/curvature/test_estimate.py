@@ -69,6 +69,8 @@ def test_rounding_is_clamped_and_more_is_refused() -> None:
     assert got.tail.tolist() == [0.0, 0.5, 0.0, 0.0]
     with pytest.raises(NumericsError, match="diagonal tail is negative"):
         complete(U, lam, "diagonal", torch.tensor(1.4), torch.tensor([0.9, 0.5, 0.0, 0.0]))
+    with pytest.raises(NumericsError, match="leaves of the trace is negative"):
+        complete(U, lam, "none", torch.tensor(0.9), None)
     with pytest.raises(NumericsError, match="isotropic tail is negative"):
         complete(U, lam, "isotropic", torch.tensor(0.9), None)
 

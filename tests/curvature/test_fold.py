@@ -100,9 +100,8 @@ def test_isotropic_keeps_the_leading_eigenpairs_exactly() -> None:
     # The sum has rank 3 over its flat part, so nothing is cut and the fold is exact.
     U = orthonormal(9, 3, seed=0)
     one = Estimate(U, torch.tensor([4.0, 3.0, 1.0]), torch.tensor([1.0]), torch.tensor(14.0))
-    two = Estimate(
-        U[:, [1, 2, 0]], torch.tensor([6.0, 2.5, 2.0]), torch.tensor([0.5]), number(13.5)
-    )
+    turned = U[:, [1, 2, 0]]
+    two = Estimate(turned, torch.tensor([6.0, 2.5, 2.0]), torch.tensor([0.5]), number(13.5))
     one, two = one.double(), two.double()
     got = fold(one, two, number(0.25), number(0.75))
     assert relative_error(matrix_of(got), 0.25 * matrix_of(one) + 0.75 * matrix_of(two)) < 1e-14
@@ -181,7 +180,7 @@ def test_bad_input_is_refused() -> None:
     one, two = random_estimate(6, 2, "isotropic", 0), random_estimate(6, 2, "diagonal", 1)
     with pytest.raises(ShapeError, match="same kind of tail"):
         fold(one, two, number(0.5), number(0.5))
-    with pytest.raises(NumericsError, match=r"lam_r of the second"):
+    with pytest.raises(NumericsError, match="SVD"):
         bad = one._replace(lam_r=torch.full_like(one.lam_r, float("nan")))
         fold(one, bad, number(0.5), number(0.5))
     with pytest.raises(NumericsError, match="is negative"):

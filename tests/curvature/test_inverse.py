@@ -153,7 +153,8 @@ def test_dense_sides_apply_alike_and_mix() -> None:
     dense_A, dense_G = DenseInverse(torch.linalg.inv(A)), DenseInverse(torch.linalg.inv(G))
     assert relative_error(apply_sides(dense_G, dense_A, grad), kronecker_solve(A, G, grad)) < 1e-13
     lam, U = torch.linalg.eigh(G)
-    low = invert_low_rank(Estimate(U, lam, None, lam.sum()), torch.tensor(1e-3))
+    delta = torch.tensor(1e-3, dtype=torch.float64)
+    low = invert_low_rank(Estimate(U, lam, None, lam.sum()), delta)
     mixed = apply_sides(low, dense_A, grad)
     G_damped = G + 1e-3 * torch.eye(2, dtype=torch.float64)
     assert relative_error(mixed, kronecker_solve(A, G_damped, grad)) < 1e-11

@@ -11,92 +11,29 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from oracles import averaged, generator, orthogonality_error, relative_error, symmetric
+from kind_cases import (
+    APPROXIMATE,
+    DAMPING,
+    DECAY,
+    DIM_A,
+    DIM_G,
+    EXACT,
+    EXACT_SPECS,
+    SPECS,
+    batched,
+    describe,
+    each_spec,
+    mean_of,
+    rows_of,
+    statistic_of,
+)
+from oracles import averaged, generator, orthogonality_error, relative_error
 
 from distcurv.curvature.damping import split_damping
 from distcurv.curvature.kinds import KINDS, SIDE_NAMES
-from distcurv.curvature.kinds.lowrank import side_estimate
-from distcurv.curvature.lowrank import turned_basis
-from distcurv.curvature.spec import BlockSpec, SideSpec, Tensors
-from distcurv.curvature.statistics import encode_gradient, encode_rows, guard_finite
-from distcurv.errors import NumericsError, ShapeError
-
-DIM_A, DIM_G, DECAY, DAMPING = 7, 5, 0.8, 1e-2
-
-
-def low_rank_spec(rank: int, tail: str, encoding: str, name: str = "block") -> BlockSpec:
-    sides = tuple(SideSpec(dim, min(rank, dim), tail, encoding) for dim in (DIM_A, DIM_G))
-    return BlockSpec(name, "lowrank", sides, DECAY, DAMPING)
-
-
-def dense_spec(name: str = "block", relative: bool = False) -> BlockSpec:
-    sides = (SideSpec(DIM_A, 1, "none", "dense"), SideSpec(DIM_G, 1, "none", "dense"))
-    return BlockSpec(name, "dense", sides, DECAY, DAMPING, relative)
-
-
-# Per kind: specs that must meet the dense oracle, and specs for everything else.
-EXACT: dict[str, list[BlockSpec]] = {
-    "lowrank": [
-        low_rank_spec(DIM_A, tail, encoding)
-        for tail in ("none", "isotropic", "diagonal")
-        for encoding in ("sketch", "dense")
-    ],
-    "dense": [dense_spec(), dense_spec(relative=True)],
-}
-APPROXIMATE: dict[str, list[BlockSpec]] = {
-    "lowrank": [
-        low_rank_spec(rank, tail, encoding)
-        for rank in (1, 3)
-        for tail in ("none", "isotropic", "diagonal")
-        for encoding in ("sketch", "dense")
-    ],
-    "dense": [],
-}
-EXACT_SPECS = [spec for specs in EXACT.values() for spec in specs]
-SPECS = EXACT_SPECS + [spec for specs in APPROXIMATE.values() for spec in specs]
-
-
-def describe(spec: BlockSpec) -> str:
-    side = spec.sides[0]
-    return f"{spec.kind}-r{side.rank}-{side.tail}-{side.encoding}-{spec.relative_damping}"
-
-
-each_spec = pytest.mark.parametrize("spec", SPECS, ids=describe)
-
-
-def batched(tensors: Tensors, size: int = 1) -> Tensors:
-    return {name: torch.stack([tensor] * size) for name, tensor in tensors.items()}
-
-
-def part(tensors: Tensors, i: int) -> Tensors:
-    return {name: tensor[i : i + 1] for name, tensor in tensors.items()}
-
-
-def rows_of(seed: int, scale: float = 1.0) -> dict[str, torch.Tensor]:
-    """20 rows for each side, with a spread of variances."""
-    spread = {"A": 2.0 ** -torch.arange(DIM_A), "G": 1.5 ** -torch.arange(DIM_G)}
-    return {
-        name: scale * torch.randn(20, len(s), generator=generator(seed)) * s
-        for name, s in spread.items()
-    }
-
-
-def statistic_of(
-    spec: BlockSpec, rows: dict[str, torch.Tensor], basis: Tensors, steps: int
-) -> Tensors:
-    """A batch of one, from rows of both sides."""
-    statistic: Tensors = {}
-    for name, side in spec.named_sides():
-        U = basis[f"{name}.U"] if side.encoding == "sketch" else None
-        encoded = encode_rows(side, rows[name].unsqueeze(0), U)
-        statistic.update({f"{name}.{key}": value for key, value in encoded.items()})
-        statistic[f"{name}.count"] = torch.tensor([float(len(rows[name]))])
-    statistic["steps"] = torch.tensor([float(steps)])
-    return statistic
-
-
-def mean_of(rows: torch.Tensor) -> torch.Tensor:
-    return rows.double().mT @ rows.double() / len(rows)
+from distcurv.curvature.spec import BlockSpec, Tensors
+from distcurv.curvature.statistics import encode_gradient
+from distcurv.errors import NumericsError
 
 
 def test_every_kind_has_an_oracle() -> None:
@@ -131,33 +68,6 @@ def test_inverse_meets_the_dense_oracle(spec: BlockSpec) -> None:
     assert refreshed.uncaptured.item() == pytest.approx(0.0, abs=1e-5)
 
 
-@pytest.mark.parametrize("encoding", ["sketch", "dense"])
-@pytest.mark.parametrize("rank", [1, 3])
-def test_low_rank_trace_and_diagonal_are_exact(rank: int, encoding: str) -> None:
-    kind = KINDS["lowrank"]
-    for tail in ("isotropic", "diagonal"):
-        spec = low_rank_spec(rank, tail, encoding)
-        published = batched(kind.start(spec, seed=0))
-        state = kind.seed(spec, published)
-        arrivals: dict[str, list[tuple[int, torch.Tensor]]] = {"A": [], "G": []}
-        for seed in range(8):
-            rows = rows_of(seed)
-            refreshed = kind.refresh(spec, state, statistic_of(spec, rows, published, 1), published)
-            state, published = refreshed.state, refreshed.published
-            for name in arrivals:
-                arrivals[name].append((1, mean_of(rows[name])))
-        for name, side in spec.named_sides():
-            estimate = side_estimate(side, name, part(published, 0))
-            factor = averaged(DECAY, arrivals[name])
-            got = estimate.dense()[0].double()
-            assert got.trace().item() == pytest.approx(factor.trace().item(), rel=1e-5)
-            if tail == "diagonal":
-                assert relative_error(got.diagonal(), factor.diagonal()) < 1e-5
-            assert orthogonality_error(estimate.U_dr[0]) < 1e-6
-        assert 0.0 < refreshed.uncaptured.item() < 1.0
-        assert 0.0 < refreshed.innovation.item() < 3.0
-
-
 @each_spec
 def test_layouts_fit_what_the_kind_makes(spec: BlockSpec) -> None:
     kind = KINDS[spec.kind]
@@ -175,7 +85,7 @@ def test_layouts_fit_what_the_kind_makes(spec: BlockSpec) -> None:
     assert set(refreshed.state) == set(kind.seed(spec, published))
     assert refreshed.uncaptured.shape == refreshed.innovation.shape == (1,)
     assert refreshed.innovation.item() == -1.0
-    again = kind.refresh(spec, refreshed.state, statistic, refreshed.published)
+    again = kind.refresh(spec, refreshed.state, statistic, published)
     assert again.innovation.item() >= 0.0
 
 
@@ -213,7 +123,7 @@ def test_an_empty_statistic_changes_nothing(spec: BlockSpec) -> None:
     # A count of 0 on one side stops the whole block, although steps were announced.
     half = statistic_of(spec, rows_of(1), published, 1)
     half["G.count"] = torch.zeros(1)
-    after = kind.refresh(spec, refreshed.state, half, refreshed.published)
+    after = kind.refresh(spec, refreshed.state, half, published)
     assert all(torch.equal(after.state[name], t) for name, t in refreshed.state.items())
 
 
@@ -235,9 +145,8 @@ def test_batched_equals_looped(spec: BlockSpec) -> None:
         whole = kind.refresh(spec, joined(states), joined(statistics), joined(singles))
         looped = [kind.refresh(spec, states[i], statistics[i], singles[i]) for i in range(3)]
         for i in range(3):
-            for name, tensor in whole.published.items():
-                got = relative_error(tensor[i], looped[i].published[name][0])
-                assert got < 1e-5, (name, i, round_)
+            for name, tensor in whole.published.items():  # on the CPU bit for bit
+                assert torch.equal(tensor[i], looped[i].published[name][0]), (name, i, round_)
         states = [one.state for one in looped]
         singles = [one.published for one in looped]
 
@@ -351,79 +260,3 @@ def test_adding_statistics_equals_joining_their_rows() -> None:
         )
         for a, b in pairs:
             assert relative_error(a.dense(), b.dense()) < 1e-4
-
-
-def test_two_passes_find_more_than_one() -> None:
-    kind = KINDS["lowrank"]
-    spec = low_rank_spec(2, "none", "sketch")
-    start = batched(kind.start(spec, seed=0))
-    rows = rows_of(0)
-    once = kind.refresh(spec, kind.seed(spec, start), statistic_of(spec, rows, start, 1), start)
-    turned = turned_basis(spec, start, statistic_of(spec, rows, start, 1))
-    again = statistic_of(spec, rows, turned, 1)
-    twice = kind.refresh(spec, kind.seed(spec, start), again, turned)
-    assert twice.uncaptured.item() < once.uncaptured.item()
-    assert twice.published["A.weight"].item() == once.published["A.weight"].item()
-    best = torch.linalg.eigvalsh(mean_of(rows["A"])).flip(0)[:2].sum().item()
-    assert best * 0.97 < twice.published["A.lam"].sum().item() <= best * (1 + 1e-5)
-
-
-def test_basis_older_than_the_state_is_folded_rightly() -> None:
-    # The statistic was taken against version 0 while the state moved on: at full rank exact.
-    kind = KINDS["lowrank"]
-    spec = low_rank_spec(DIM_A, "isotropic", "sketch")
-    old = batched(kind.start(spec, seed=0))
-    first, second = rows_of(0), rows_of(1)
-    late = statistic_of(spec, second, old, 1)
-    state = kind.refresh(spec, kind.seed(spec, old), statistic_of(spec, first, old, 1), old).state
-    got = kind.refresh(spec, state, late, old).published
-    for name, side in spec.named_sides():
-        wanted = averaged(DECAY, [(1, mean_of(first[name])), (1, mean_of(second[name]))])
-        estimate = side_estimate(side, name, got)
-        assert relative_error(estimate.dense()[0], wanted) < 1e-5
-
-
-def test_long_run_follows_a_moving_factor_and_stays_orthonormal() -> None:
-    kind = KINDS["lowrank"]
-    spec = low_rank_spec(3, "diagonal", "sketch")
-    published = batched(kind.start(spec, seed=0))
-    state = kind.seed(spec, published)
-    turn = torch.linalg.matrix_exp(
-        0.02 * (lambda m: m - m.mT)(torch.randn(DIM_A, DIM_A, generator=generator(0)))
-    )
-    frame = torch.eye(DIM_A)
-    for step in range(300):
-        frame = frame @ turn
-        rows = rows_of(step)
-        rows["A"] = rows["A"] @ frame
-        statistic = statistic_of(spec, rows, published, 1)
-        refreshed = kind.refresh(spec, state, statistic, published)
-        state, published = refreshed.state, refreshed.published
-    assert orthogonality_error(published["A.U"][0]) < 1e-6
-    exact = torch.linalg.eigvalsh(mean_of(rows_of(299)["A"])).flip(0)
-    assert refreshed.uncaptured.item() < 2.5 * (1 - exact[:3].sum() / exact.sum()).item() + 0.1
-
-
-def test_dense_state_is_the_average_and_needs_dense_statistics() -> None:
-    kind, spec = KINDS["dense"], dense_spec()
-    published = batched(kind.start(spec, seed=0))
-    state = kind.seed(spec, published)
-    assert state["A.packed"].abs().max().item() == 0.0
-    rows = rows_of(0)
-    state = kind.refresh(spec, state, statistic_of(spec, rows, published, 1), published).state
-    assert relative_error(symmetric(state["A.packed"][0], DIM_A), mean_of(rows["A"])) < 1e-6
-    with pytest.raises(ShapeError, match="needs 'dense'"):
-        kind.statistic_layout(
-            BlockSpec("b", "dense", (SideSpec(3, 1, "none", "sketch"),), DECAY, DAMPING)
-        )
-
-
-def test_dense_without_damping_refuses_a_singular_factor() -> None:
-    sides = (SideSpec(DIM_A, 1, "none", "dense"), SideSpec(DIM_G, 1, "none", "dense"))
-    spec = BlockSpec("b", "dense", sides, DECAY, damping=0.0)
-    kind = KINDS["dense"]
-    published = batched(kind.start(spec, seed=0))
-    rows = {"A": torch.ones(20, DIM_A), "G": torch.ones(20, DIM_G)}
-    statistic = guard_finite(statistic_of(spec, rows, published, 1))
-    with pytest.raises(NumericsError, match="raise the damping"):
-        kind.refresh(spec, kind.seed(spec, published), statistic, published)

@@ -116,9 +116,8 @@ def test_never_exceeds_the_matrix(d: int, rank_share: float, decay: float, seed:
 
 def test_noise_of_float32_sums_is_survived() -> None:
     # Rows summed in 2,000 float32 chunks: QᵀY is neither symmetric nor semidefinite to rounding.
-    rows = torch.randn(20_000, 3, generator=generator(0)) @ torch.randn(
-        3, 40, generator=generator(1)
-    )
+    mixing = torch.randn(3, 40, generator=generator(1))
+    rows = torch.randn(20_000, 3, generator=generator(0)) @ mixing
     Q = orthonormal(40, 16, seed=2).float()
     Y = torch.zeros(40, 16)
     for chunk in rows.split(10):

@@ -38,8 +38,11 @@ def test_new_interface_is_switched_off_and_restored() -> None:
 
 def test_restored_after_an_error_and_autocast_is_off_inside() -> None:
     torch.set_float32_matmul_precision("high")
-    with torch.autocast("cpu", dtype=torch.bfloat16), pytest.raises(RuntimeError, match="boom"):
-        with full_float32(CPU):
-            assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == torch.float32
-            raise RuntimeError("boom")
+    with (
+        torch.autocast("cpu", dtype=torch.bfloat16),
+        pytest.raises(RuntimeError, match="boom"),
+        full_float32(CPU),
+    ):
+        assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == torch.float32
+        raise RuntimeError("boom")
     assert torch.get_float32_matmul_precision() == "high"

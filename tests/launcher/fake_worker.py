@@ -1,19 +1,30 @@
 """Takes the options of ``distcurv worker`` and keeps its promises to the launcher, without torch.
 
+Only ``lifeline.py`` of the package is loaded, by its path: a test then waits for no imports.
 Environment: FAKE_FAIL makes it end at once, FAKE_MUTE never ready, FAKE_STUBBORN deaf to SIGTERM.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import os
 import signal
 import socket
 import sys
 import time
 from pathlib import Path
+from types import ModuleType
 
-from distcurv.launcher import lifeline
+LIFELINE = Path(__file__).parents[2] / "distcurv" / "launcher" / "lifeline.py"
+
+
+def load_lifeline() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("lifeline", LIFELINE)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 def main() -> int:
@@ -25,6 +36,7 @@ def main() -> int:
     if "FAKE_FAIL" in os.environ:
         print("this worker cannot start", file=sys.stderr)
         return 7
+    lifeline = load_lifeline()
     lifeline.die_with_parent()
     lifeline.hold(args.lifeline_fd, lambda: os._exit(1))
     if "FAKE_STUBBORN" in os.environ:

@@ -9,18 +9,12 @@ import sys
 from pathlib import Path
 
 import pytest
-from launcher_processes import ROOT, alive, until
+from launcher_processes import alive, until
 
 from distcurv.errors import ConfigError, LaunchError
 from distcurv.launcher import Supervisor
 
 FAKE = (sys.executable, str(Path(__file__).with_name("fake_worker.py")))
-
-
-@pytest.fixture(autouse=True)
-def _importable(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The fake worker imports the package, which need not be installed."""
-    monkeypatch.setenv("PYTHONPATH", str(ROOT))
 
 
 def connects(endpoint: str) -> bool:
@@ -70,7 +64,7 @@ def test_killed_worker_is_restarted_on_its_port_and_said_so() -> None:
 
 
 def test_worker_that_ends_before_it_is_ready_is_reported_with_its_words() -> None:
-    with pytest.raises(LaunchError, match=r"worker0 .*exit code 7 before.*this worker cannot"):
+    with pytest.raises(LaunchError, match=r"worker[01] .*exit code 7 before.*this worker cannot"):
         Supervisor(2, command=FAKE, env={"FAKE_FAIL": "1"}, report=str).__enter__()
 
 

@@ -36,8 +36,8 @@ class Rig:
         self.stack.callback(server.close)
         return server
 
-    def link(self, server: Server) -> Link:
-        link = connect(server.endpoint)
+    def link(self, server: Server | str) -> Link:
+        link = connect(server if isinstance(server, str) else server.endpoint)
         self.stack.callback(link.close)
         return link
 

@@ -8,6 +8,7 @@ import torch
 from hypothesis import strategies as st
 
 from distcurv.wire import checks
+from distcurv.wire.codec import Buffer
 from distcurv.wire.fields import RULES, Payload
 from distcurv.wire.messages import (
     PROTOCOL,
@@ -23,6 +24,7 @@ from distcurv.wire.messages import (
     Welcome,
 )
 
+LIMITS = checks.Limits(entries=100, header_bytes=100_000, payload_bytes=100_000)
 SESSION = bytes(range(16))
 SIDE = {"dim": 65, "rank": 16, "tail": "isotropic", "encoding": "sketch"}
 BLOCK = {
@@ -52,6 +54,11 @@ SAMPLES: dict[str, Message] = {
 def statistics(seq: int, numbers: int = 4) -> Statistics:
     """A statistics message that is told from others by its seq."""
     return Statistics(SESSION, seq, 0, 1, [0], [0], torch.full((numbers,), float(seq)))
+
+
+def plain(frames: list[Buffer]) -> list[bytes]:
+    """The frames as they would come out of a socket."""
+    return [bytes(frame) for frame in frames]
 
 
 def same(one: Message, other: Message) -> bool:

@@ -16,9 +16,18 @@ from distcurv.curvature.kinds import KINDS, Refreshed
 from distcurv.curvature.spec import BlockSpec, SideSpec, Tensors
 from distcurv.curvature.statistics import encode_rows
 from distcurv.wire import connect
-from distcurv.wire.messages import Ack, Heartbeat, Message, Published, Seed, Statistics, Welcome
+from distcurv.wire.messages import (
+    Ack,
+    Goodbye,
+    Heartbeat,
+    Message,
+    Published,
+    Seed,
+    Statistics,
+    Welcome,
+)
 
-DEADLINE_S = 60.0
+DEADLINE_S = 15.0
 Kind = TypeVar("Kind", bound=Message)
 
 LOWRANK = BlockSpec(
@@ -84,8 +93,10 @@ class Owner:
         self.owner = owner
         self.job = job
         self._kept: list[Message] = []
+        self._welcomed = False
 
     def close(self) -> None:
+        self.link.send(Goodbye(self.session, "done"))
         self.link.close()
 
     def send(self, message: Message) -> None:
@@ -101,7 +112,9 @@ class Owner:
 
     def open(self, specs: Sequence[BlockSpec]) -> Welcome:
         self.greet(specs)
-        return self.await_(Welcome)
+        welcome = self.await_(Welcome)
+        self._welcomed = True
+        return welcome
 
     def seed(self, versions: Mapping[int, tuple[int, Tensor]]) -> None:
         """Seed {block: (version, flat)}."""
@@ -127,7 +140,8 @@ class Owner:
                 return message
         deadline = time.monotonic() + DEADLINE_S
         while time.monotonic() < deadline:
-            self.link.send(Heartbeat(self.session, 0.0, 0))
+            if self._welcomed:
+                self.link.send(Heartbeat(self.session, 0.0, 0))
             message = self._receive(0.1)
             if isinstance(message, kind) and where(message):
                 self._kept.pop()
@@ -153,16 +167,21 @@ class Events:
             self._all.append((kind, fields))
             self._changed.notify_all()
 
-    def await_(self, kind: str, **expected: object) -> dict[str, object]:
-        """The fields of the first such event."""
-
-        def found() -> dict[str, object] | None:
-            for other, fields in self._all:
-                if other == kind and expected.items() <= fields.items():
-                    return fields
-            return None
-
+    def seen(self, kind: str, **expected: object) -> dict[str, object] | None:
+        """The fields of the first such event, if there was one."""
         with self._changed:
-            event = self._changed.wait_for(found, DEADLINE_S)
+            return next(
+                (
+                    fields
+                    for other, fields in self._all
+                    if other == kind and expected.items() <= fields.items()
+                ),
+                None,
+            )
+
+    def await_(self, kind: str, **expected: object) -> dict[str, object]:
+        """The fields of the first such event, once there is one."""
+        with self._changed:
+            event = self._changed.wait_for(lambda: self.seen(kind, **expected), DEADLINE_S)
         assert event is not None, f"no event {kind} {expected}; these were: {self._all}"
         return event

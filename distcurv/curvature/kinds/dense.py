@@ -14,13 +14,20 @@ Shape suffixes: B blocks of one shape, d the side's dimension, p = d(d+1)/2.
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import Tensor
 
 from distcurv.curvature.damping import split_damping
 from distcurv.curvature.ema import EmaWeights, ema_weights
 from distcurv.curvature.inverse import DenseInverse, Inverse
-from distcurv.curvature.kinds.batch import check_finite, counted_steps, keep_where_empty
+from distcurv.curvature.kinds.batch import (
+    block_by_block,
+    check_finite,
+    counted_steps,
+    keep_where_empty,
+)
 from distcurv.curvature.kinds.kind import Refreshed
 from distcurv.curvature.spec import BlockSpec, Layout, SideSpec, Tensors
 from distcurv.curvature.statistics import statistic_shapes
@@ -86,6 +93,11 @@ class Dense:
         self, spec: BlockSpec, state: Tensors, statistic: Tensors, basis: Tensors
     ) -> Refreshed:
         """As `Kind.refresh`; ``basis`` is not read, dense statistics are taken against none."""
+        return block_by_block(partial(self._refresh, spec), state, statistic, {})
+
+    def _refresh(
+        self, spec: BlockSpec, state: Tensors, statistic: Tensors, _basis: Tensors
+    ) -> Refreshed:
         steps_B = counted_steps(spec, statistic)
         new: Tensors = {}
         changes = []

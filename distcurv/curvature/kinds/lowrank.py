@@ -8,6 +8,7 @@ time. At full rank (r = d) the basis is the exact eigenbasis.
 from __future__ import annotations
 
 import hashlib
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -16,7 +17,12 @@ from distcurv.curvature.damping import split_damping
 from distcurv.curvature.ema import ema_weights
 from distcurv.curvature.estimate import Estimate
 from distcurv.curvature.inverse import Inverse, invert_low_rank
-from distcurv.curvature.kinds.batch import check_finite, counted_steps, keep_where_empty
+from distcurv.curvature.kinds.batch import (
+    block_by_block,
+    check_finite,
+    counted_steps,
+    keep_where_empty,
+)
 from distcurv.curvature.kinds.kind import Refreshed
 from distcurv.curvature.lowrank import refresh_side
 from distcurv.curvature.spec import BlockSpec, Layout, SideSpec, Tensors
@@ -54,6 +60,11 @@ class LowRank:
         return {name: published[name].clone() for name in self.published_layout(spec)}
 
     def refresh(
+        self, spec: BlockSpec, state: Tensors, statistic: Tensors, basis: Tensors
+    ) -> Refreshed:
+        return block_by_block(partial(self._refresh, spec), state, statistic, basis)
+
+    def _refresh(
         self, spec: BlockSpec, state: Tensors, statistic: Tensors, basis: Tensors
     ) -> Refreshed:
         steps_B = counted_steps(spec, statistic)

@@ -1,0 +1,54 @@
+"""Workers and jobs that the distributed tests share."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from distributed_jobs import Results, Scenario, run_ranks
+from distributed_tasks import DOORS, EQUAL_STEPS, SAVED_AT, SAVED_SETTINGS
+
+from distcurv.launcher.supervisor import Supervisor
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_thread() -> None:
+    """Thread pools of many small runs would fight for the cores."""
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def worker() -> Iterator[Supervisor]:
+    """One true worker, for tests that do not kill it; jobs use it one after the other."""
+    with Supervisor(workers=1, report=lambda text: None) as supervisor:
+        yield supervisor
+
+
+@pytest.fixture(scope="session")
+def shared_job(worker: Supervisor, tmp_path_factory: pytest.TempPathFactory) -> Results:
+    """One job of four ranks that runs the scenarios of several test files."""
+    scenarios = [
+        Scenario(f"{door}-on-{n}", n, "equal_preconditioner", {"door": door, "steps": EQUAL_STEPS})
+        for n in (4, 2, 1)
+        for door in DOORS
+    ]
+    for door in ("kfac", "soap"):
+        scenarios += [
+            Scenario(f"table-{door}", 4, "other_table", {"door": door}),
+            Scenario(f"config-{door}", 4, "other_config", {"door": door}),
+            Scenario(f"workers-{door}", 4, "other_workers", {"door": door}),
+            Scenario(
+                f"delayed-{door}",
+                2,
+                "delayed_links",
+                {"door": door, "endpoints": worker.endpoints, "steps": 200, "seed": 7},
+            ),
+            Scenario(
+                f"saved-{door}",
+                2,
+                "checkpointed",
+                {"door": door, "steps": SAVED_AT, "settings": SAVED_SETTINGS},
+            ),
+        ]
+    return run_ranks(scenarios, tmp_path_factory.mktemp("shared-job"))

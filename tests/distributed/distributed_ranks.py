@@ -1,0 +1,186 @@
+"""What the ranks of a test job do: one function per scenario, its result as JSON.
+
+Run by torchrun (see `distributed_jobs.run_ranks`).  A scenario that raises is written down with the
+name of its error, and the next one is run.
+"""
+
+from __future__ import annotations
+
+import faulthandler
+import json
+import os
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from distributed_links import DelayedLink, wrapped_links
+from distributed_tasks import DOORS, Run, observed_all_accounted
+
+Result = dict[str, Any]
+
+
+def equal_preconditioner(save: Callable[[Any], None], door: str, steps: int) -> Result:
+    """Train a little, then take what is installed and what it makes of the next gradients."""
+    with Run(door, preconditioner_upd_interval=2, curvature_upd_interval=1, install_delay=0) as run:
+        run.steps(steps)
+        run.backward()
+        before = run.params()
+        grads = run.grads()
+        run.update()
+        moved = [a - b for a, b in zip(before, run.params(), strict=True)]
+        save({"versions": run.versions(), "grads": grads, "moved": moved, "params": run.params()})
+        log = [list(record) for record in run.door.install_log]
+    return {"log": log, "checksum": run.checksum()}
+
+
+def delayed_links(
+    save: Callable[[Any], None], door: str, endpoints: list[str], steps: int, seed: int
+) -> Result:
+    """A run whose link on each rank delays every message at random, then its replay."""
+
+    def wrap(link: Any, rank: int) -> Any:
+        return DelayedLink(link, 1000 * seed + rank, 0.01)
+
+    settings: Result = {
+        "preconditioner_upd_interval": 5,
+        "curvature_upd_interval": 1,
+        "early_steps": 10,
+        "link_timeout": 30.0,
+    }
+    with wrapped_links(wrap), Run(door, endpoints, **settings) as run:
+        run.steps(steps)
+    log = [list(record) for record in run.door.install_log]
+    with Run(door, "inline", replay=log, **settings) as again:
+        again.steps(steps)
+    return {
+        "log": log,
+        "checksum": run.checksum(),
+        "metrics": run.metrics(),
+        "accounted": observed_all_accounted(run.metrics()),
+        "replayed_log": [list(record) for record in again.door.install_log],
+        "replayed_checksum": again.checksum(),
+    }
+
+
+def skipped_step(
+    save: Callable[[Any], None], door: str, at: int, steps: int, settings: Result
+) -> Result:
+    """Rank 1 leaves out one step() of the door."""
+    with Run(door, **settings) as run:
+        for step in range(steps):
+            run.backward()
+            if not (run.rank == 1 and step == at):
+                run.update()
+    return {}
+
+
+def other_table(save: Callable[[Any], None], door: str) -> Result:
+    """The last rank has a model with another hidden width."""
+    rank = dist.get_rank()
+    width = 13 if rank == dist.get_world_size() - 1 else 12
+    model = torch.nn.Sequential(torch.nn.Linear(6, width), torch.nn.Linear(width, 3))
+    return _open(door, model)
+
+
+def other_config(save: Callable[[Any], None], door: str) -> Result:
+    """The last rank has another interval."""
+    model = torch.nn.Sequential(torch.nn.Linear(6, 8), torch.nn.Linear(8, 3))
+    last = dist.get_rank() == dist.get_world_size() - 1
+    return _open(door, model, preconditioner_upd_interval=12 if last else 10)
+
+
+def other_workers(save: Callable[[Any], None], door: str) -> Result:
+    """The last rank is told of a worker that the others do not know."""
+    model = torch.nn.Sequential(torch.nn.Linear(6, 8), torch.nn.Linear(8, 3))
+    last = dist.get_rank() == dist.get_world_size() - 1
+    return _open(door, model, workers=["tcp://127.0.0.1:9"] if last else "inline")
+
+
+def _open(door: str, model: torch.nn.Module, workers: Any = "inline", **settings: Any) -> Result:
+    from distcurv import KfacConfig, LowRankSOAP, Preconditioner
+
+    settings = {**DOORS[door], **settings}
+    if door.startswith("kfac"):
+        Preconditioner(model, KfacConfig(**settings), workers).close()
+    else:
+        LowRankSOAP(model, workers=workers, **settings).close()
+    return {}
+
+
+def checkpointed(save: Callable[[Any], None], door: str, steps: int, settings: Result) -> Result:
+    """Train, save each rank's state_dict, train on."""
+    with Run(door, **settings) as run:
+        run.steps(steps)
+        state = {
+            "model": run.model.state_dict(),
+            "door": run.door.state_dict(),
+            "base": run.base.state_dict() if run.base is not None else {},
+            "log": [list(record) for record in run.door.install_log],
+        }
+        save(state)
+        run.steps(2 * settings["preconditioner_upd_interval"])
+    return {"checksum": run.checksum(), "log": [list(r) for r in run.door.install_log]}
+
+
+SCENARIOS: dict[str, Callable[..., Result]] = {
+    function.__name__: function
+    for function in (
+        equal_preconditioner,
+        delayed_links,
+        skipped_step,
+        other_table,
+        other_config,
+        other_workers,
+        checkpointed,
+    )
+}
+
+
+def main(folder: Path, deadline: float) -> None:
+    # A rank that hangs says where, and ends by itself even if nobody is left to end it.
+    faulthandler.dump_traceback_later(deadline - 5, exit=True)
+    torch.set_num_threads(1)
+    rank = int(os.environ["RANK"])
+    results: dict[str, Result] = {}
+    for key, ranks, name, arguments in json.loads((folder / "scenarios.json").read_text()):
+        if rank < ranks:
+            print(f"rank {rank}: {key}", flush=True)
+            results[key] = run_scenario(folder, key, rank, ranks, name, arguments)
+            partial = folder / f"rank{rank}.partial"
+            partial.write_text(json.dumps(results))
+            os.replace(partial, folder / f"rank{rank}.json")
+
+
+def run_scenario(
+    folder: Path, key: str, rank: int, ranks: int, name: str, arguments: Result
+) -> Result:
+    """One scenario in a process group of its own, of the first ``ranks`` ranks."""
+
+    def save(value: Any) -> None:
+        torch.save(value, folder / f"{key}.rank{rank}.pt")
+
+    store = dist.FileStore(str(folder / f"{key}.store"), ranks)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=ranks)
+    try:
+        result = SCENARIOS[name](save, **arguments)
+    except Exception as error:  # noqa: BLE001 - told to the test, which judges it
+        result = {
+            "raised": type(error).__name__,
+            "text": str(error),
+            "trace": traceback.format_exc(),
+        }
+    # A rank that raised must not close connections under those that are about to.
+    store.add("ended", 1)
+    while store.add("ended", 0) < ranks:
+        time.sleep(0.01)
+    dist.destroy_process_group()
+    return result
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), float(sys.argv[2]))
