@@ -16,7 +16,7 @@ from distcurv.errors import ConfigError
 from distcurv.observe.events import from_environment
 from distcurv.train.group import RankGroup
 from distcurv.train.lanes import OwnerLinks
-from distcurv.train.provider import Workers, register_connector, register_events
+from distcurv.train.provider import Workers
 from distcurv.wire import Link, Server, bind, connect
 from distcurv.wire.endpoints import parse_connectable
 from distcurv.worker.loop import run
@@ -124,7 +124,3 @@ def _spawn_one_per_node(group: RankGroup) -> tuple[list[str], Callable[[], None]
     told = group.gather(note)[first]
     text = bytes(told.tolist()).rstrip(b"\0")
     return text.decode().split(","), end
-
-
-register_connector(owner_links)
-register_events(from_environment)

@@ -1,0 +1,1 @@
+"""The maths: pure functions and kinds; tensors in, tensors out."""

@@ -1,0 +1,1 @@
+"""The training side: capture, exchange with the owners, installs."""

@@ -12,6 +12,7 @@ import os
 import socket
 import zlib
 from dataclasses import dataclass
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
@@ -113,6 +114,26 @@ class RankGroup:
         for work in works:
             work.wait()
 
+    def arrived(self, work: dist.Work | None, timeout: float) -> bool:
+        """Wait for a collective of the control group at most ``timeout`` s; whether it is done.
+
+        It goes on when it is not, and may be waited for again."""
+        if work is None:
+            return True
+        try:
+            work.wait(timedelta(seconds=timeout))
+        except RuntimeError:
+            if work.is_completed():
+                raise  # a connection broke: no matter of patience
+            return False
+        return True
+
+    def begin_farewell(self) -> dist.Work | None:
+        """Begin a collective that is done when all ranks have come to it."""
+        if self._control is None:
+            return None
+        return dist.all_reduce(torch.zeros(1), group=self._control, async_op=True)
+
     def begin_poll(self, step: int, digest: int, fingerprint: int, resident: list[int]) -> Poll:
         """Begin to all-reduce "newest version resident at its owner" (-1 where not owned)."""
         head = [step, digest, fingerprint]
@@ -148,6 +169,7 @@ class RankGroup:
     def begin_broadcast(
         self,
         blocks: dict[int, list[int]],
+        rows: dict[int, int],
         sizes: dict[int, int],
         headers: dict[int, Tensor],
         buckets: dict[int, Tensor],
@@ -156,13 +178,14 @@ class RankGroup:
 
         Args:
             blocks: announced blocks by owner; the same on all ranks.
+            rows: rows in each owner's header; the same on all ranks.
             sizes: numbers in each owner's bucket; the same on all ranks.
             headers, buckets: filled by this rank where it is the owner.
         """
         works: list[dist.Work] = []
         for owner in sorted(blocks):
             if owner not in headers:
-                headers[owner] = torch.zeros(len(blocks[owner]), 4, dtype=torch.int64)
+                headers[owner] = torch.zeros(rows[owner], 4, dtype=torch.int64)
                 buckets[owner] = torch.empty(sizes[owner], dtype=torch.float32, device=self.device)
             if self._control is not None and self._tensors is not None:
                 work = dist.broadcast(headers[owner], src=owner, group=self._control, async_op=True)

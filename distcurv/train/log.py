@@ -16,7 +16,10 @@ from distcurv.errors import StateError
 
 class Record(NamedTuple):
     """One install: at ``step`` block ``block`` switched to ``version``, which folded the
-    statistics of training steps ``folded_from`` to ``folded_through``."""
+    statistics of training steps ``folded_from`` to ``folded_through``.
+
+    Where several versions came between two polls only the newest is installed; those that it
+    passed over are written before it with its step, because their statistics are in its factor."""
 
     step: int
     block: int
@@ -26,13 +29,17 @@ class Record(NamedTuple):
 
 
 class InstallLog:
-    """All installs of a run, 40 bytes each."""
+    """All versions that a run folded, 40 bytes each.  ``installs`` counts those installed."""
 
     def __init__(self) -> None:
         self._numbers = array("q")
+        self.installs = 0
 
     def append(self, record: Record) -> None:
-        """Add one install."""
+        """Add one version; it is the installed one until another of its block and step comes."""
+        width = len(Record._fields)
+        before = self._numbers[-width:]
+        self.installs += list(before[:2]) != list(record[:2])
         self._numbers.extend(record)
 
     def __len__(self) -> int:
@@ -47,6 +54,7 @@ class InstallLog:
     def replace(self, records: Iterable[Iterable[int]]) -> None:
         """Take over a log from a state_dict."""
         self._numbers = array("q")
+        self.installs = 0
         for record in records:
             self.append(Record(*(int(n) for n in record)))
 
@@ -83,7 +91,5 @@ class Replay:
 
     def version_at(self, block: int, step: int) -> int | None:
         """The version that the block switches to at ``step``, if any."""
-        for record in self._by_block.get(block, []):
-            if record.step == step:
-                return record.version
-        return None
+        versions = [r.version for r in self._by_block.get(block, []) if r.step == step]
+        return max(versions, default=None)

@@ -15,7 +15,7 @@ def collect(pipeline: Pipeline) -> dict[str, float | int]:
     return {
         "step": pipeline.step_count,
         "blocks": len(pipeline.table),
-        "versions_installed": len(pipeline.install_log),
+        "versions_installed": pipeline.install_log.installs,
         "version": max((pipeline.installed[b].version for b in blocks), default=0),
         "versions_from_workers": counts.from_workers,
         "versions_inline": counts.inline,

@@ -1,6 +1,6 @@
 """Where the training side gets its links from, without importing the worker side.
 
-`distcurv.wiring` registers a connector when the package is imported; tests register others.
+The package registers `distcurv.wiring`'s connector when it is imported; tests register others.
 Here is also what a job calls itself: a random id, drawn by rank 0 and broadcast.
 """
 
@@ -8,15 +8,16 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
-
-import torch
+from typing import TYPE_CHECKING
 
 from distcurv.errors import StateError
-from distcurv.train.group import RankGroup
-from distcurv.train.lanes import OwnerLinks
+
+if TYPE_CHECKING:  # the package registers here when it is imported, and loads no torch for it
+    from distcurv.train.group import RankGroup
+    from distcurv.train.lanes import OwnerLinks
 
 Workers = int | str | Sequence[str]
-Connector = Callable[[Workers, RankGroup], OwnerLinks]
+Connector = Callable[[Workers, "RankGroup"], "OwnerLinks"]
 Emit = Callable[..., None]
 
 _connector: list[Connector] = []
@@ -47,6 +48,8 @@ def owner_links(workers: Workers, group: RankGroup) -> OwnerLinks:
 
 def job_identity(group: RankGroup) -> tuple[bytes, int]:
     """The job's random id and its generation (torchrun's restart count), equal on all ranks."""
+    import torch
+
     words = torch.frombuffer(bytearray(os.urandom(16)), dtype=torch.int64)
     job = group.from_rank_zero(words.clone()).numpy().tobytes()
     return job, int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))

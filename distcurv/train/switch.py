@@ -26,7 +26,8 @@ class Install:
 
     ``tensors`` are views of ``flat`` by name, on the training device.  ``since`` and ``through``
     are the training steps that it folded; ``route`` says where it was made (``worker | inline``,
-    ``start`` for version 0, the random start, or ``state_dict``)."""
+    ``start`` for version 0, the random start, or ``state_dict``).  ``passed`` are (version, since,
+    through) of the versions between the one before and this one: folded, but never installed."""
 
     block: int
     version: int
@@ -36,6 +37,7 @@ class Install:
     route: str
     flat: Tensor = field(repr=False)
     tensors: Tensors = field(repr=False)
+    passed: tuple[tuple[int, int, int], ...] = ()
 
 
 class Switch:
@@ -45,25 +47,26 @@ class Switch:
         self._group = group
         self._table = table
         self._poll: Poll | None = None
-        self._pinned: dict[int, State] = {}
+        self._pinned: dict[int, list[State]] = {}
+        self._rows: dict[int, int] = {}  # of a block in its owner's header
         self._spread: Spread | None = None
 
     def begin_poll(
-        self, step: int, fingerprint: int, resident: Callable[[int], State | None]
+        self, step: int, fingerprint: int, resident: Callable[[int], list[State]]
     ) -> None:
         """Begin to tell all ranks the newest version of each block.
 
         Args:
             step, fingerprint: compared over the ranks.
-            resident: the state to announce of a block of this owner, or None.
+            resident: a block's states, oldest first, up to the one to announce; may be empty.
         """
         versions = [-1] * len(self._table)
         self._pinned = {}
         for block in self._table.owned_by(self._group.rank):
-            state = resident(block)
-            if state is not None:
-                self._pinned[block] = state
-                versions[block] = state.version
+            states = resident(block)
+            if states:
+                self._pinned[block] = states
+                versions[block] = states[-1].version
         self._poll = self._group.begin_poll(step, self._table.digest_number, fingerprint, versions)
 
     def announce(self, installed: list[Install]) -> None:
@@ -74,24 +77,34 @@ class Switch:
             return
         poll, self._poll = self._poll, None
         blocks: dict[int, list[int]] = {}
+        self._rows = {}
         for block, version in enumerate(self._group.finish_poll(poll)):
-            if version > installed[block].version:
+            newer = version - installed[block].version
+            if newer > 0:
                 blocks.setdefault(self._table.owners[block], []).append(block)
+                self._rows[block] = newer
         sizes = {
             owner: sum(self._table.published_layouts[b].size for b in mine)
             for owner, mine in blocks.items()
         }
+        rows = {owner: sum(self._rows[b] for b in mine) for owner, mine in blocks.items()}
         headers: dict[int, Tensor] = {}
         buckets: dict[int, Tensor] = {}
         rank = self._group.rank
         if rank in blocks:
             states = [self._pinned[block] for block in blocks[rank]]
+            # A row for each version since the installed one: the log must know all that was folded.
             headers[rank] = torch.tensor(
-                [[s.version, s.since, s.through, int(s.route == "worker")] for s in states]
+                [
+                    [s.version, s.since, s.through, int(s.route == "worker")]
+                    for block, held in zip(blocks[rank], states, strict=True)
+                    for s in held
+                    if s.version > installed[block].version
+                ]
             )
-            buckets[rank] = torch.cat([s.flat for s in states]).to(self._group.device)
+            buckets[rank] = torch.cat([s[-1].flat for s in states]).to(self._group.device)
         self._pinned = {}
-        self._spread = self._group.begin_broadcast(blocks, sizes, headers, buckets)
+        self._spread = self._group.begin_broadcast(blocks, rows, sizes, headers, buckets)
 
     def finish(self, step: int) -> list[Install]:
         """Finish the broadcasts; what all ranks install at ``step``, in the same order."""
@@ -104,11 +117,24 @@ class Switch:
             sizes = [self._table.published_layouts[b].size for b in blocks]
             parts = spread.buckets[owner].split(sizes)
             heads = spread.headers[owner].tolist()
-            for block, part, head in zip(blocks, parts, heads, strict=True):
-                version, since, through, worker = head
-                route = "worker" if worker else "inline"
-                tensors = self._table.published_layouts[block].views(part)
-                installs.append(Install(block, version, since, through, step, route, part, tensors))
+            position = 0
+            for block, part in zip(blocks, parts, strict=True):
+                end = position + self._rows[block]
+                *passed, (version, since, through, worker) = heads[position:end]
+                position = end
+                installs.append(
+                    Install(
+                        block,
+                        version,
+                        since,
+                        through,
+                        step,
+                        "worker" if worker else "inline",
+                        part,
+                        self._table.published_layouts[block].views(part),
+                        tuple((v, first, last) for v, first, last, _ in passed),
+                    )
+                )
         return installs
 
     def abandon(self) -> None:

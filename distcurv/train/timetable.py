@@ -45,6 +45,12 @@ class Plan(NamedTuple):
     early: bool
     based_on: int | None
 
+    @property
+    def together(self) -> bool:
+        """Whether a collective begins and ends within the step: all ranks must be in it."""
+        actions = set(self.actions)
+        return {Action.CLOSE, Action.POST} <= actions or {Action.POLL, Action.ANNOUNCE} <= actions
+
 
 _CLOSE_POST = (Action.CLOSE, Action.POST)
 _SWITCH = (Action.AWAIT, Action.POLL, Action.ANNOUNCE, Action.INSTALL)

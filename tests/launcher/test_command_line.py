@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from argparse import REMAINDER
 from pathlib import Path
 
 import pytest
+from launcher_processes import ROOT
 
 from distcurv import cli
 from distcurv.errors import ConfigError
@@ -119,3 +123,17 @@ def test_the_table_of_options_matches_the_installed_torchrun() -> None:
     # Those of the installed torch must be known; older ones may lack some that are known here.
     assert flags <= torchrun_options.FLAGS and valued <= torchrun_options.WITH_VALUE
     assert not flags & torchrun_options.WITH_VALUE and not valued & torchrun_options.FLAGS
+
+
+def test_the_launcher_loads_no_torch() -> None:
+    code = "import sys, distcurv.cli, distcurv.launcher.run_command; print('torch' in sys.modules)"
+    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    said = subprocess.run(
+        [sys.executable, "-c", code],
+        env=env,
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=60,
+    )
+    assert said.stdout == "False\n"
