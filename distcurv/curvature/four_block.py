@@ -30,22 +30,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from distcurv.curvature.direction import Direction
+from distcurv.curvature.four_block_parts import Parts, check_bases, rest_energy, split
 from distcurv.errors import ShapeError
 
 # v₃ is read as at least this share of the mean second moment over all entries. Without it a rest
 # that is empty but for rounding is divided by its own noise and the step diverges in float32.
 REST_FLOOR = 1e-4
-
-
-class Parts(NamedTuple):
-    """Three of the four orthogonal parts of a matrix; the rest is never formed.
-
-    `core_ga`, `right_Oa` ([..., 0, a] where g = O), `left_gI` ([..., g, 0] where a = I).
-    """
-
-    core_ga: Tensor
-    right_Oa: Tensor
-    left_gI: Tensor
 
 
 class FourBlockState(NamedTuple):
@@ -119,69 +110,7 @@ def init_state(
     )
 
 
-def check_bases(shape: Sequence[int], basis_out_Og: Tensor, basis_in_Ia: Tensor) -> None:
-    """Refuse bases that do not belong to a matrix of `shape` [..., O, I].
-
-    Raises:
-        ShapeError: naming the basis, its shape and the expected one.
-    """
-    *batch, d_out, d_in = shape
-    for name, basis, width in (("output", basis_out_Og, d_out), ("input", basis_in_Ia, d_in)):
-        good = basis.dim() == len(shape) and list(basis.shape[:-2]) == batch
-        if not good or basis.shape[-2] != width or not 1 <= basis.shape[-1] <= width:
-            expected = "×".join(str(n) for n in [*batch, width])
-            raise ShapeError(
-                f"{name} basis has shape {tuple(basis.shape)}, but a block of shape "
-                f"{tuple(shape)} needs {expected}×r with 1 ≤ r ≤ {width}: install the basis of "
-                "this block"
-            )
-
-
-def split(matrix_OI: Tensor, basis_out_Og: Tensor, basis_in_Ia: Tensor) -> Parts:
-    """Core, right and left part of a matrix; 4·r·O·I flops for two thin bases.
-
-    The full-size parts are U_G C U_Aᵀ, R U_Aᵀ and U_G L; with the rest they are orthogonal to one
-    another and sum to the matrix.
-
-    Args:
-        matrix_OI: [..., O, I], the dtype of the bases.
-        basis_out_Og: U_G with orthonormal columns.
-        basis_in_Ia: U_A with orthonormal columns.
-    """
-    full_out = basis_out_Og.shape[-1] == basis_out_Og.shape[-2]
-    full_in = basis_in_Ia.shape[-1] == basis_in_Ia.shape[-2]
-    batch = matrix_OI.shape[:-2]
-    right_Oa = matrix_OI.new_empty([*batch, 0, basis_in_Ia.shape[-1]])
-    left_gI = matrix_OI.new_empty([*batch, basis_out_Og.shape[-1], 0])
-    if full_out and not full_in:
-        left_gI = basis_out_Og.mT @ matrix_OI
-        core_ga = left_gI @ basis_in_Ia
-    else:
-        in_Oa = matrix_OI @ basis_in_Ia
-        core_ga = basis_out_Og.mT @ in_Oa
-        if not full_out:
-            right_Oa = in_Oa.sub_(basis_out_Og @ core_ga)
-        if not full_in:
-            left_gI = basis_out_Og.mT @ matrix_OI
-    if not full_in:
-        left_gI = left_gI.sub_(core_ga @ basis_in_Ia.mT)
-    return Parts(core_ga, right_Oa, left_gI)
-
-
-def rest_energy(matrix_OI: Tensor, parts: Parts) -> Tensor:
-    """Sum of squares of the fourth part, [...] in float64, without forming it.
-
-    The difference ‖X‖² − ‖C‖² − ‖R‖² − ‖L‖² (Pythagoras) cancels, hence sums in float64 and the
-    clamp at 0.
-    """
-    energy = _sum_of_squares(matrix_OI)
-    for part in parts:
-        if part.numel():
-            energy = energy - _sum_of_squares(part)
-    return energy.clamp_min_(0.0)
-
-
-def update(
+def advance(
     state: FourBlockState,
     grad_OI: Tensor,
     basis_out_Og: Tensor,
@@ -191,14 +120,14 @@ def update(
     beta1: float = 0.9,
     beta2: float = 0.95,
     eps: float = 1e-8,
-) -> tuple[Tensor, FourBlockState]:
+) -> tuple[Direction, FourBlockState]:
     """One step: fold the gradient into momentum and moments and return the direction.
 
         P = M/√v₃ + (R̂ − R/√v₃) U_Aᵀ + U_G [(L̂ − L/√v₃) + (Ĉ − C/√v₃) U_Aᵀ]
 
     where a hat divides a part of M by the root of its moment (both bias corrected), R̂ is scaled by
     √((O−g)/O) and L̂ by √((I−a)/I): their elements share fewer degrees of freedom than they are.
-    8·r·O·I flops for two thin bases; nothing of size O×I is made but P.
+    8·r·O·I flops for two thin bases with `Direction.subtract_from`; nothing of size O×I is made.
 
     The tensors of `state` are overwritten; go on with the returned state alone.
 
@@ -213,7 +142,7 @@ def update(
         eps: added to the roots, in units of the gradient.
 
     Returns:
-        The direction [..., O, I] in the dtype of the state (subtract lr times it), and the state.
+        The direction P in factors, in the dtype of the state, and the state.
 
     Raises:
         ShapeError: for shapes that do not fit together.
@@ -270,26 +199,34 @@ def update(
     if rank_in < d_in:
         share = (d_in - rank_in) / d_in
         inner_gI.add_(corrected(momentum.left_gI, state.v_left_gI, share))
-    if has_rest:
-        direction_OI = state.momentum_OI * per_rest
-        _add_product(direction_OI, basis_out_Og, inner_gI)
-    else:
-        direction_OI = basis_out_Og @ inner_gI
+    right_Oa = None
     if rank_out < d_out:
         share = (d_out - rank_out) / d_out
         right_Oa = corrected(momentum.right_Oa, state.v_right_Oa, share)
-        _add_product(direction_OI, right_Oa, basis_in_Ia.mT)
-    return direction_OI, state
+    direction = Direction(
+        momentum_OI=state.momentum_OI,
+        per_rest=per_rest[..., 0, 0] if has_rest else None,
+        basis_out_Og=basis_out_Og,
+        inner_gI=inner_gI,
+        right_Oa=right_Oa,
+        basis_in_Ia=basis_in_Ia,
+    )
+    return direction, state
 
 
-def _sum_of_squares(matrix: Tensor) -> Tensor:
-    norm: Tensor = torch.linalg.vector_norm(matrix, dim=(-2, -1), dtype=torch.float64)
-    return norm.square_()
-
-
-def _add_product(out: Tensor, left: Tensor, right: Tensor) -> None:
-    """out += left @ right without a temporary of out's size."""
-    if out.dim() == 2:
-        out.addmm_(left, right)
-    else:
-        out.flatten(0, -3).baddbmm_(left.flatten(0, -3), right.flatten(0, -3))
+def update(
+    state: FourBlockState,
+    grad_OI: Tensor,
+    basis_out_Og: Tensor,
+    basis_in_Ia: Tensor,
+    *,
+    step: int,
+    beta1: float = 0.9,
+    beta2: float = 0.95,
+    eps: float = 1e-8,
+) -> tuple[Tensor, FourBlockState]:
+    """`advance` with the direction formed, [..., O, I]: subtract lr times it."""
+    direction, state = advance(
+        state, grad_OI, basis_out_Og, basis_in_Ia, step=step, beta1=beta1, beta2=beta2, eps=eps
+    )
+    return direction.dense(), state

@@ -21,7 +21,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from distcurv.curvature.four_block import FourBlockState, check_bases, split
+from distcurv.curvature.four_block import FourBlockState
+from distcurv.curvature.four_block_parts import check_bases, split
 from distcurv.errors import ShapeError
 
 # A coordinate with less than this share of itself outside the old basis has nothing to share out;

@@ -34,7 +34,7 @@ from distcurv.observe.timeline import chrome_trace
 FAILED = 1
 LOG_NAME = "ranks.log"
 _POLL_S = 0.1
-_WORKER_END_AFTER_SIGNAL_S = 1.5  # all must be gone within 5 s
+_WORKER_END_AFTER_SIGNAL_S = 1.0  # all must be gone within 5 s
 _TAIL_LINES = 20
 _ROUTINE = re.compile(r"\[worker\d+\] (INFO |tcp://)")
 
@@ -44,6 +44,7 @@ def run_demo(settings: DemoSettings, out: Path, *, summary_on_stdout: bool = Fal
 
     Returns the exit code: 0, 1 when the ranks failed, 128 + N after signal N.  With
     ``summary_on_stdout`` the summary is all that stdout gets, and progress goes to stderr.
+    Main thread only, and of a process of its own: every process below it is ended.
     """
     console = Console(stderr=summary_on_stdout)
     tree.adopt_orphans()
@@ -102,7 +103,9 @@ def _run_processes(
         cancelled=lambda: bool(signals.received),
     )
     with supervisor:
-        env = common | {"DISTCURV_ENDPOINTS": ",".join(supervisor.endpoints)}
+        endpoints = ",".join(supervisor.endpoints)
+        # torchrun and torch leave folders in TMPDIR, and this one goes at the end.
+        env = common | {"DISTCURV_ENDPOINTS": endpoints, "TMPDIR": str(folder)}
         with _log_path(folder).open("wb") as log:
             argv = ["--standalone", f"--nproc-per-node={settings.ranks}"]
             argv += ["-m", "distcurv.demo.train", str(folder), settings.to_json()]

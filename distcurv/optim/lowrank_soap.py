@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.optim.adamw import adamw
 
 from distcurv.config import SoapConfig
-from distcurv.curvature.four_block import FourBlockState, init_state, update
+from distcurv.curvature.four_block import FourBlockState, advance, init_state
 from distcurv.curvature.four_block_turn import turn
 from distcurv.curvature.statistics import encode_gradient
 from distcurv.errors import ConfigError, StateError
@@ -172,7 +172,7 @@ class LowRankSOAP(torch.optim.Optimizer):
                 state["step"] = 0
                 state.update(zip(_FIELDS, first, strict=True))
             state["step"] += 1
-            direction, new = update(
+            direction, new = advance(
                 FourBlockState(*(state[name] for name in _FIELDS)),
                 matrix.view(param.grad),
                 basis_out,
@@ -185,7 +185,10 @@ class LowRankSOAP(torch.optim.Optimizer):
             state.update(zip(_FIELDS, new, strict=True))
             if group["weight_decay"]:
                 param.mul_(1 - lr * group["weight_decay"])
-            param.add_(direction.view(param.shape).mul_(-lr))
+            if param.is_contiguous() and param.dtype == torch.float32:
+                direction.subtract_from(matrix.view(param), float(lr))
+            else:
+                param.sub_(direction.dense().view(param.shape).mul_(lr))
 
     def _update_vectors(self, group: dict[str, Any]) -> None:
         params = [p for p in group["params"] if p.grad is not None and id(p) not in self._block_of]

@@ -81,15 +81,6 @@ class Depot:
         with self._changed:
             return list(self._states[block])
 
-    def newest(self, block: int, through: int | None = None) -> State:
-        """The newest version, or the newest that is based on step ``through`` or earlier."""
-        with self._changed:
-            states = self._states[block]
-            if through is None:
-                return states[-1]
-            fitting = [s for s in states if s.through <= through]
-            return fitting[-1] if fitting else states[0]
-
     def prune(self, block: int, version: int) -> None:
         """Forget versions older than ``version``: no statistic against them can come."""
         with self._changed:

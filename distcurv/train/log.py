@@ -82,12 +82,22 @@ class Replay:
                 )
             self._by_block.setdefault(record.block, []).append(record)
 
-    def window(self, block: int, through: int) -> str:
-        """What to do with a window that closed at ``through``: ``drop | hold | send``."""
-        for record in self._by_block.get(block, []):
-            if record.folded_from <= through <= record.folded_through:
-                return "send" if through == record.folded_through else "hold"
-        return "drop"
+    def window(self, blocks: Iterable[int], through: int) -> tuple[set[int], list[int]]:
+        """Of a window that closed at ``through``: the blocks that send now, and those whose
+        statistics were never folded and are dropped.  The others go on adding up."""
+        send: set[int] = set()
+        lost: list[int] = []
+        for block in blocks:
+            ends = [
+                record.folded_through
+                for record in self._by_block.get(block, [])
+                if record.folded_from <= through <= record.folded_through
+            ]
+            if not ends:
+                lost.append(block)
+            elif through in ends:
+                send.add(block)
+        return send, lost
 
     def version_at(self, block: int, step: int) -> int | None:
         """The version that the block switches to at ``step``, if any."""

@@ -21,7 +21,7 @@ def collect(pipeline: Pipeline) -> dict[str, float | int]:
         "versions_inline": counts.inline,
         "versions_rejected": counts.rejected,
         "staleness": max((pipeline.staleness(b) for b in blocks), default=0),
-        "max_staleness": pipeline.max_staleness_seen,
+        "max_staleness": pipeline.staleness_watch.worst,
         "statistics_observed": counts.observed,
         "statistics_sent": counts.sent,
         "statistics_folded": counts.folded,

@@ -17,17 +17,18 @@ import torch.distributed as dist
 from torch import Tensor
 
 from distcurv.config import ServiceConfig
-from distcurv.curvature.kinds import KINDS
 from distcurv.curvature.spec import BlockSpec
-from distcurv.errors import StateError
+from distcurv.errors import MismatchError, StateError
 from distcurv.train import ending, fingerprint
+from distcurv.train.accord import Accord
 from distcurv.train.backlog import Span
 from distcurv.train.depot import Depot, State
 from distcurv.train.group import RankGroup
 from distcurv.train.lanes import Lanes
 from distcurv.train.log import InstallLog, Record, Replay
 from distcurv.train.provider import Workers, event_sink, job_identity, owner_links
-from distcurv.train.switch import Install, Switch
+from distcurv.train.staleness import StalenessWatch, staleness
+from distcurv.train.switch import Install, Switch, first_installs
 from distcurv.train.table import BlockTable
 from distcurv.train.timetable import Action, Plan, Timetable
 from distcurv.train.window import Closed, Window
@@ -84,8 +85,7 @@ class Pipeline:
         self._replay = Replay(replay, len(self.table)) if replay is not None else None
         self.step_count = 0
         self.install_log = InstallLog()
-        self.max_staleness_seen = 0
-        self._staleness_warned = False
+        self.staleness_watch = StalenessWatch(config, emit)
         self.depot = Depot(emit)
         links = owner_links(workers, self.group)
         inline = not links.remotes
@@ -93,7 +93,7 @@ class Pipeline:
             "whether workers are used", int(inline), "give all ranks endpoints or none"
         )
         self.timetable = Timetable.from_config(config, inline=inline)
-        self.installed = [self._start(block) for block in range(len(self.table))]
+        self.installed = first_installs(self.table, config.seed, device)
         self._window_basis = list(self.installed)
         for block in self.table.owned_by(self.group.rank):
             self.depot.reset(block, [State(0, -1, -1, self.installed[block].flat.cpu())])
@@ -115,15 +115,10 @@ class Pipeline:
         )
         self._reducing: _Reducing | None = None
         self._switch = Switch(self.group, self.table)
+        self._accord = Accord(self.group, self.table.digest_number)
         self._print = fingerprint.Fingerprint(config.check_replicas)
         self._closed = False
         self._finalizer = weakref.finalize(self, ending.close_lanes, self.lanes, 2.0)
-
-    def _start(self, block: int) -> Install:
-        spec, layout = self.table.specs[block], self.table.published_layouts[block]
-        start = KINDS[spec.kind].start(spec, self.config.seed)
-        flat = layout.pack(start).to(self.device)
-        return Install(block, 0, -1, -1, 0, "start", flat, layout.views(flat))
 
     # -- statistics -----------------------------------------------------------------------
 
@@ -154,10 +149,24 @@ class Pipeline:
         """
         if self._closed:
             raise StateError("Pipeline.step was called after close()")
+        self._accord.check()
         step = self.step_count
+        plan = self.timetable.plan(step)
+        installs: list[Install] = []
+        try:
+            if plan.together and not self._accord.meet(step, self._print.now(grads)):
+                return installs
+            installs = self._run(step, plan, grads)
+        except MismatchError as error:
+            self._accord.part(error)
+            return installs
+        self.staleness_watch.look(self.installed, step)
+        self.step_count = step + 1
+        return installs
+
+    def _run(self, step: int, plan: Plan, grads: Sequence[Tensor]) -> list[Install]:
         if self.capture_due:
             self.window.count_capture()
-        plan = self.timetable.plan(step)
         installs: list[Install] = []
         for action in plan.actions:
             if action is Action.CLOSE:
@@ -175,8 +184,6 @@ class Pipeline:
         if Action.CLOSE in plan.actions:
             # The next window begins with the next step, so what this step installed counts.
             self._window_basis = list(self.installed)
-        self._watch_staleness(step)
-        self.step_count = step + 1
         return installs
 
     def _close_window(self, step: int, plan: Plan) -> None:
@@ -198,7 +205,10 @@ class Pipeline:
         self.lanes.backlog.add(span, closed.buckets[self.group.rank], reducing.basis)
         if self._waits(reducing.early):
             self.lanes.settle()
-        only = None if self._replay is None else self._follow(self._replay, closed.through)
+        only = None
+        if self._replay is not None:
+            only, lost = self._replay.window(self.lanes.blocks, closed.through)
+            self.lanes.backlog.discard(lost, "not in the log that is replayed")
         stale = self._stale_blocks(step)
         self.lanes.post(step, early=reducing.early, stale=bool(stale), only=only)
         for block in self.lanes.blocks:
@@ -208,34 +218,30 @@ class Pipeline:
     def _waits(self, early: bool) -> bool:
         return early or self.config.install_delay is not None or self._replay is not None
 
-    def _follow(self, replay: Replay, through: int) -> set[int]:
-        """The blocks that the log sends now; windows that it never folded are dropped."""
-        verdicts = {block: replay.window(block, through) for block in self.lanes.blocks}
-        lost = [block for block, verdict in verdicts.items() if verdict == "drop"]
-        self.lanes.backlog.discard(lost, "not in the log that is replayed")
-        return {block for block, verdict in verdicts.items() if verdict == "send"}
-
     def _begin_poll(self, step: int, plan: Plan, grads: Sequence[Tensor]) -> None:
         replay = self._replay
         if replay is not None:
             self.lanes.settle()
 
-        def resident(block: int) -> State | None:
-            state = self.depot.newest(block, plan.based_on)
+        def resident(block: int) -> list[State]:
+            states = self.depot.states(block)
             if replay is not None:
                 wanted = replay.version_at(block, self.timetable.install_step(step))
-                return state if state.version == wanted else None
-            return state
+                return [state for state in states if wanted is not None and state.version <= wanted]
+            if plan.based_on is not None:
+                return [state for state in states if state.through <= plan.based_on]
+            return states
 
-        self._switch.begin_poll(step, self._print.take(grads), resident)
+        # Where all ranks are in the step together, its start compared the fingerprint.
+        self._switch.begin_poll(step, 0 if plan.together else self._print.take(grads), resident)
 
     def _install(self, step: int) -> list[Install]:
         installs = self._switch.finish(step)
         for install in installs:
             self.installed[install.block] = install
-            self.install_log.append(
-                Record(step, install.block, install.version, install.since, install.through)
-            )
+            own = (install.version, install.since, install.through)
+            for version in (*install.passed, own):
+                self.install_log.append(Record(step, install.block, *version))
         if installs:
             self.emit(
                 "install",
@@ -250,10 +256,8 @@ class Pipeline:
     # -- staleness ------------------------------------------------------------------------
 
     def staleness(self, block: int) -> int:
-        """Current step minus the step that the installed version is based on; 0 before the
-        first install."""
-        install = self.installed[block]
-        return self.step_count - install.through if install.version else 0
+        """Steps since the one that the installed version is based on."""
+        return staleness(self.installed[block], self.step_count)
 
     def too_stale(self, block: int) -> bool:
         """Whether a block's staleness has passed its bound (the same on all ranks)."""
@@ -263,18 +267,6 @@ class Pipeline:
         if self.config.staleness_policy != "fallback":
             return []
         return [block for block in self.lanes.blocks if self.too_stale(block)]
-
-    def _watch_staleness(self, step: int) -> None:
-        worst = max((self.staleness(b) for b in range(len(self.table))), default=0)
-        self.max_staleness_seen = max(self.max_staleness_seen, worst)
-        if worst > self.config.resolved_max_staleness and not self._staleness_warned:
-            self._staleness_warned = True
-            text = (
-                f"staleness {worst} is past max_staleness {self.config.resolved_max_staleness} "
-                f"at step {step}: policy {self.config.staleness_policy!r} acts"
-            )
-            log.warning(text)
-            self.emit("warning", text=text)
 
     # -- ending ---------------------------------------------------------------------------
 

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from distcurv.curvature.kinds import KINDS
 from distcurv.curvature.spec import Tensors
 from distcurv.train.depot import State
 from distcurv.train.group import Poll, RankGroup, Spread
@@ -38,6 +39,15 @@ class Install:
     flat: Tensor = field(repr=False)
     tensors: Tensors = field(repr=False)
     passed: tuple[tuple[int, int, int], ...] = ()
+
+
+def first_installs(table: BlockTable, seed: int, device: torch.device) -> list[Install]:
+    """Version 0 of every block, from the seed alone and therefore the same on all ranks."""
+    installs = []
+    for block, (spec, layout) in enumerate(zip(table.specs, table.published_layouts, strict=True)):
+        flat = layout.pack(KINDS[spec.kind].start(spec, seed)).to(device)
+        installs.append(Install(block, 0, -1, -1, 0, "start", flat, layout.views(flat)))
+    return installs
 
 
 class Switch:

@@ -19,15 +19,18 @@ DEADLINE_S = 120.0
 
 
 class DemoProcess:
-    """Ends every process of the demo on leaving, whatever the test did."""
+    """Ends every process of the demo on leaving, whatever the test did.
 
-    def __init__(self, *arguments: str) -> None:
+    ``scratch`` takes its temporary files, also those that a killed process leaves behind."""
+
+    def __init__(self, scratch: Path, *arguments: str) -> None:
         self.process = subprocess.Popen(
             [sys.executable, "-m", "distcurv", "demo", *arguments],
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             start_new_session=True,
             cwd=Path(__file__).parents[2],
+            env={**os.environ, "TMPDIR": str(scratch)},
         )
         self.text = ""
         self.seen: set[int] = set()

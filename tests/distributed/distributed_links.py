@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import random
 import socket
@@ -15,7 +16,7 @@ from distcurv.errors import ProtocolError
 from distcurv.train.group import RankGroup
 from distcurv.train.lanes import OwnerLinks
 from distcurv.train.provider import Workers, register_connector
-from distcurv.wire import Link, bind, connect
+from distcurv.wire import Link, bind
 from distcurv.wire.messages import Message
 from distcurv.worker.compute import Computer
 from distcurv.worker.service import Service
@@ -180,7 +181,7 @@ class CuttingProxy:
         self._on_cut = on_cut
         self.cut = threading.Event()
         self._listener = socket.create_server(("127.0.0.1", 0))
-        self.endpoint = "tcp://127.0.0.1:%d" % self._listener.getsockname()[1]
+        self.endpoint = f"tcp://127.0.0.1:{self._listener.getsockname()[1]}"
         self._sockets: list[socket.socket] = [self._listener]
         self._threads: list[threading.Thread] = []
         self._closed = False
@@ -236,12 +237,6 @@ class CuttingProxy:
 
 
 def _shut(one: socket.socket) -> None:
-    try:
+    with contextlib.suppress(OSError):  # it was not connected
         one.shutdown(socket.SHUT_RDWR)
-    except OSError:
-        pass  # it was not connected
     one.close()
-
-
-def link_to(endpoint: str) -> Link:
-    return connect(endpoint)

@@ -21,6 +21,8 @@ import torch.distributed as dist
 from distributed_links import DelayedLink, wrapped_links
 from distributed_tasks import DOORS, Run, observed_all_accounted
 
+from distcurv.train import accord
+
 Result = dict[str, Any]
 
 
@@ -70,7 +72,8 @@ def delayed_links(
 def skipped_step(
     save: Callable[[Any], None], door: str, at: int, steps: int, settings: Result
 ) -> Result:
-    """Rank 1 leaves out one step() of the door."""
+    """Rank 1 leaves out one step() of the door; DDP's reductions go on."""
+    accord.MEETING_PATIENCE = accord.FAREWELL_PATIENCE = 2.0
     with Run(door, **settings) as run:
         for step in range(steps):
             run.backward()

@@ -7,6 +7,7 @@ the mean over ranks is the mean over the joined batch.
 from __future__ import annotations
 
 import hashlib
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -39,7 +40,7 @@ def make_model(dims: tuple[int, ...] = DIMS, seed: int = 0) -> nn.Sequential:
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         layers: list[nn.Module] = []
-        for i, (d_in, d_out) in enumerate(zip(dims, dims[1:], strict=False)):
+        for i, (d_in, d_out) in enumerate(pairwise(dims)):
             layers += [nn.Tanh()] if i else []
             layers.append(nn.Linear(d_in, d_out))
         return nn.Sequential(*layers)

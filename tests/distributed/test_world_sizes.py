@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-import torch
 from distributed_jobs import Results
 from distributed_ranks import equal_preconditioner
 from distributed_tasks import DOORS, EQUAL_STEPS

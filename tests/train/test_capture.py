@@ -43,7 +43,7 @@ def make(kind: type[nn.Module], bias: bool = True) -> nn.Module:
     return kind(bias).double()
 
 
-@pytest.mark.parametrize("accumulation", [1, 3])
+@pytest.mark.parametrize("accumulation", [1, 2])
 @pytest.mark.parametrize("encoding", ["sketch", "dense"])
 @pytest.mark.parametrize("weight_sharing", ["expand", "reduce"])
 @pytest.mark.parametrize("reduction", ["mean", "sum"])
@@ -65,7 +65,7 @@ def test_factors_equal_per_sample_gradients(
         accumulation=accumulation,
         weight_sharing=weight_sharing,
     )
-    inputs, targets = batch(model, 6 * accumulation)
+    inputs, targets = batch(model, 4 * accumulation)
     loss = cross_entropy(reduction)
     with harness.capture.armed(harness.bases, harness.sink):
         for x, y in zip(inputs.chunk(accumulation), targets.chunk(accumulation), strict=True):
@@ -78,8 +78,8 @@ def test_factors_equal_per_sample_gradients(
     positions = 9 if kind is ConvNet else 3
     first = next(iter(harness.modules))
     expanded = positions if weight_sharing == "expand" else 1
-    assert harness.count(first, "A") == 6 * accumulation * expanded
-    assert harness.count(first, "G") == 6 * accumulation
+    assert harness.count(first, "A") == 4 * accumulation * expanded
+    assert harness.count(first, "G") == 4 * accumulation
 
 
 def test_micro_batches_of_different_sizes_add_up_for_a_summed_loss() -> None:
@@ -276,6 +276,37 @@ def test_the_loss_scale_of_amp_is_undone_and_an_overflow_contributes_nothing() -
     with off.capture.armed(off.bases, off.sink):
         loss(model(inputs), targets).backward()
     assert_same_totals(plain.totals, off.totals, FLOAT32)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("fisher_type", ["empirical", "mc"])
+def test_a_cuda_model_under_fp16_autocast_and_a_scaler(fisher_type: str) -> None:
+    """fp16 rounds to 2^-11; against the same on the CPU in float32, within 2 %."""
+    totals = []
+    for device in ("cpu", "cuda"):
+        torch.manual_seed(3)
+        model = ConvNet().to(device)
+        inputs, targets = (tensor.to(device) for tensor in batch(model, 8))
+        scaler = torch.amp.GradScaler(device, init_scale=1024.0, enabled=device == "cuda")
+        harness = Harness(model, fisher_type=fisher_type, grad_scaler=scaler)
+        with harness.capture.armed(harness.bases, harness.sink):
+            with torch.autocast(device, dtype=torch.float16, enabled=device == "cuda"):
+                logits = model(inputs)
+                if fisher_type == "mc":
+                    harness.capture.sample(logits, "categorical", 2)
+                loss = cross_entropy("mean")(logits, targets)
+            scaler.scale(loss).backward()
+        assert harness.capture.nonfinite == 0
+        totals.append(
+            {
+                name: {k: v.cpu() for k, v in tensors.items()}
+                for name, tensors in harness.totals.items()
+            }
+        )
+    if fisher_type == "empirical":
+        assert_same_totals(*totals, 0.02)
+    for left, right in zip(*(t.values() for t in totals), strict=True):
+        assert (left["A.packed"] - right["A.packed"]).abs().max() <= 0.02 * left["A.packed"].max()
 
 
 def test_a_non_finite_input_contributes_zeros_to_both_sides() -> None:

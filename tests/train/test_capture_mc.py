@@ -90,11 +90,11 @@ def test_enumerating_the_classes_gives_the_exact_fisher(
 @pytest.mark.parametrize("n_samples", [1, 5])
 def test_monte_carlo_is_unbiased_whatever_the_number_of_samples(n_samples: int) -> None:
     model = make(TokenNet)
-    inputs, targets = batch(model, 3)
+    inputs, targets = batch(model, 2)
     exact = exact_output_factors(model, inputs, mean=True)["first"]
     harness = Harness(model, fisher_type="mc", seed=11)
     draws = []
-    for _ in range(150):
+    for _ in range(60):
         harness.totals.clear()
         with harness.capture.armed(harness.bases, harness.sink):
             logits = model(inputs)
@@ -287,7 +287,7 @@ def test_sample_does_nothing_where_nothing_is_due_and_refuses_misuse() -> None:
 
 def test_autocast_logits_are_sampled_in_float32() -> None:
     model = TokenNet()
-    inputs, targets = batch(model, 40)
+    inputs, targets = batch(model, 12)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         harness = Harness(model, fisher_type="mc")
         with harness.capture.armed(harness.bases, harness.sink):
@@ -321,7 +321,7 @@ def test_likelihoods_draw_from_their_own_density(likelihood: object, expected: o
     generator = torch.Generator().manual_seed(0)
     logits = torch.randn(6, 3, generator=generator, dtype=torch.float64).requires_grad_(True)
     products = []
-    for _ in range(600):
+    for _ in range(250):
         targets = likelihood.sample(logits.detach(), generator)  # type: ignore[attr-defined]
         (g,) = torch.autograd.grad(likelihood.nll(logits, targets), logits)  # type: ignore[attr-defined]
         products.append(g.T @ g / len(g))

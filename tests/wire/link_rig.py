@@ -69,6 +69,19 @@ def put(link: Link, message: Message) -> None:
         assert link.receive(0.01) is None
 
 
+def fill(send: Callable[[int], bool]) -> int:
+    """Send numbered 1 MiB messages until no more can be queued anywhere; returns how many."""
+    sent = refusals = 0
+    while refusals < 10:
+        if send(sent):
+            sent, refusals = sent + 1, 0
+            assert sent < 200, "1 MiB messages are queued without end"
+        else:
+            refusals += 1
+            time.sleep(0.01)  # what is in flight moves from this queue to the other end's
+    return sent
+
+
 def take(server: Server) -> Incoming:
     """The next thing that a server receives."""
     return until(lambda: server.receive(DEADLINE))

@@ -77,7 +77,7 @@ def test_the_frame_keeps_the_payload_alive() -> None:
 
 def test_read_only_frames_are_copied_without_a_warning() -> None:
     frames = plain(encode(SAMPLES["seed"], LIMITS))
-    before = list(frames)
+    before = [bytes(bytearray(frame)) for frame in frames]
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         decode(frames, LIMITS).payload.zero_()

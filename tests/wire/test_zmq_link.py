@@ -14,7 +14,7 @@ from wire_messages import statistics
 from zmtp_peer import ZmtpPeer, frame
 
 from distcurv.errors import EndpointError, ProtocolError
-from distcurv.wire import Limits
+from distcurv.wire import Limits, zmq_link
 from distcurv.wire.codec import encode
 from distcurv.wire.messages import Statistics
 from distcurv.wire.zmq_link import _CONTEXTS, ZmqServer, _context
@@ -129,6 +129,20 @@ def test_foreign_bytes_do_no_harm(tcp_rig: Rig, garbage: bytes) -> None:
     while not isinstance((incoming := take(server)).content, Statistics):
         assert isinstance(incoming.content, ProtocolError)  # old ZMTP frames anything
     assert incoming.content.seq == 2
+
+
+def test_what_is_queued_at_close_is_still_sent(
+    tcp_rig: Rig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(zmq_link, "LINGER_MS", 30_000)  # whatever the machine is busy with
+    server = tcp_rig.server()
+    link = tcp_rig.link(server)
+    put(link, statistics(1))
+    assert take(server).content.seq == 1
+    assert link.send(statistics(2, numbers=2**23))
+    assert link.send(statistics(3))
+    link.close()
+    assert [take(server).content.seq for _ in range(2)] == [2, 3]
 
 
 def test_a_public_address_is_not_bound(tmp_path: Path) -> None:

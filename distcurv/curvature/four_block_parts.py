@@ -1,0 +1,93 @@
+"""The four orthogonal parts of a matrix in two low-rank bases; three are kept, the rest is counted.
+
+Shape suffixes: those of four_block (O, I, g, a) after any number of leading batch dimensions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from distcurv.errors import ShapeError
+
+
+class Parts(NamedTuple):
+    """Three of the four orthogonal parts of a matrix; the rest is never formed.
+
+    `core_ga`, `right_Oa` ([..., 0, a] where g = O), `left_gI` ([..., g, 0] where a = I).
+    """
+
+    core_ga: Tensor
+    right_Oa: Tensor
+    left_gI: Tensor
+
+
+def check_bases(shape: Sequence[int], basis_out_Og: Tensor, basis_in_Ia: Tensor) -> None:
+    """Refuse bases that do not belong to a matrix of `shape` [..., O, I].
+
+    Raises:
+        ShapeError: naming the basis, its shape and the expected one.
+    """
+    *batch, d_out, d_in = shape
+    for name, basis, width in (("output", basis_out_Og, d_out), ("input", basis_in_Ia, d_in)):
+        good = basis.dim() == len(shape) and list(basis.shape[:-2]) == batch
+        if not good or basis.shape[-2] != width or not 1 <= basis.shape[-1] <= width:
+            expected = "×".join(str(n) for n in [*batch, width])
+            raise ShapeError(
+                f"{name} basis has shape {tuple(basis.shape)}, but a block of shape "
+                f"{tuple(shape)} needs {expected}×r with 1 ≤ r ≤ {width}: install the basis of "
+                "this block"
+            )
+
+
+def split(matrix_OI: Tensor, basis_out_Og: Tensor, basis_in_Ia: Tensor) -> Parts:
+    """Core, right and left part of a matrix; 4·r·O·I flops for two thin bases.
+
+    The full-size parts are U_G C U_Aᵀ, R U_Aᵀ and U_G L; with the rest they are orthogonal to one
+    another and sum to the matrix.
+
+    Args:
+        matrix_OI: [..., O, I], the dtype of the bases.
+        basis_out_Og: U_G with orthonormal columns.
+        basis_in_Ia: U_A with orthonormal columns.
+    """
+    full_out = basis_out_Og.shape[-1] == basis_out_Og.shape[-2]
+    full_in = basis_in_Ia.shape[-1] == basis_in_Ia.shape[-2]
+    batch = matrix_OI.shape[:-2]
+    right_Oa = matrix_OI.new_empty([*batch, 0, basis_in_Ia.shape[-1]])
+    left_gI = matrix_OI.new_empty([*batch, basis_out_Og.shape[-1], 0])
+    if full_out and not full_in:
+        left_gI = basis_out_Og.mT @ matrix_OI
+        core_ga = left_gI @ basis_in_Ia
+    else:
+        in_Oa = matrix_OI @ basis_in_Ia
+        core_ga = basis_out_Og.mT @ in_Oa
+        if not full_out:
+            right_Oa = in_Oa.sub_(basis_out_Og @ core_ga)
+        if not full_in:
+            left_gI = basis_out_Og.mT @ matrix_OI
+    if not full_in:
+        left_gI = left_gI.sub_(core_ga @ basis_in_Ia.mT)
+    return Parts(core_ga, right_Oa, left_gI)
+
+
+def rest_energy(matrix_OI: Tensor, parts: Parts) -> Tensor:
+    """Sum of squares of the fourth part, [...] in float64, without forming it.
+
+    The difference ‖X‖² − ‖C‖² − ‖R‖² − ‖L‖² (Pythagoras) cancels, hence sums in float64 and the
+    clamp at 0.
+    """
+    energy = _sum_of_squares(matrix_OI)
+    for part in parts:
+        if part.numel():
+            energy = energy - _sum_of_squares(part)
+    return energy.clamp_min_(0.0)
+
+
+def _sum_of_squares(matrix: Tensor) -> Tensor:
+    """[...] in float64: rows in the matrix's own precision, their sum in float64."""
+    rows: Tensor = torch.linalg.vector_norm(matrix, dim=-1)
+    return rows.double().square_().sum(-1)
