@@ -92,7 +92,7 @@ def digits() -> Tensor:
         ImportError: without scikit-learn, naming the extra that brings it.
     """
     try:
-        from sklearn.datasets import load_digits  # type: ignore[import-untyped]
+        from sklearn.datasets import load_digits
     except ImportError as error:
         raise ImportError(
             "the autoencoder task reads scikit-learn's digits, which is not installed: "
@@ -121,8 +121,8 @@ def _autoencoder_batch(step: int, rank: int, world_size: int, seed: int) -> Batc
 def _autoencoder_loss(model: nn.Module, batch: Batch) -> Tensor:
     """Sigmoid cross-entropy, summed over the pixels, averaged over the images."""
     (images,) = batch
-    logits = model(images)
-    return F.binary_cross_entropy_with_logits(logits, images, reduction="sum") / len(images)
+    total = F.binary_cross_entropy_with_logits(model(images), images, reduction="sum")
+    return total / len(images)
 
 
 @torch.no_grad()
@@ -218,9 +218,8 @@ class CharLM(nn.Module):
         super().__init__()
         self.token = nn.Embedding(CHARLM_VOCABULARY, CHARLM_WIDTH)
         self.position = nn.Embedding(CHARLM_CONTEXT, CHARLM_WIDTH)
-        self.blocks = nn.Sequential(
-            *(Block(CHARLM_WIDTH, CHARLM_HEADS) for _ in range(CHARLM_LAYERS))
-        )
+        blocks = (Block(CHARLM_WIDTH, CHARLM_HEADS) for _ in range(CHARLM_LAYERS))
+        self.blocks = nn.Sequential(*blocks)
         self.norm = nn.LayerNorm(CHARLM_WIDTH)
         self.head = nn.Linear(CHARLM_WIDTH, CHARLM_VOCABULARY)
 

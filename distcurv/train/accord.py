@@ -20,7 +20,7 @@ MEETING_PATIENCE = 60.0
 # Ranks that learned of a mismatch from one all-reduce in the same step() are closer than that.
 FAREWELL_PATIENCE = 10.0
 
-_ABSENT = MismatchError(
+_ABSENT = (
     "a training rank did not come to step() in time: it skipped a step(), hangs or has ended; "
     "every rank must call step() once per training step"
 )
@@ -59,13 +59,21 @@ class Accord:
         if self._group.arrived(self._farewell, FAREWELL_PATIENCE):
             raise error
 
-    def check(self) -> None:
-        """At the start of a step: raise what an earlier one had to leave open."""
+    def settled(self) -> bool:
+        """At the start of a step: raise what an earlier one had to leave open.
+
+        False: that has to be left open once more; do nothing in this step."""
         if self._error is not None:
             self._group.arrived(self._farewell, MEETING_PATIENCE)
             raise self._error
-        if self._meeting is not None:
-            meeting, self._meeting = self._meeting, None
-            if self._group.arrived(meeting.work, MEETING_PATIENCE):
-                self._group.finish_poll(meeting)
-            raise _ABSENT
+        if self._meeting is None:
+            return True
+        meeting, self._meeting = self._meeting, None
+        if not self._group.arrived(meeting.work, MEETING_PATIENCE):
+            raise MismatchError(_ABSENT)
+        try:
+            self._group.finish_poll(meeting)
+        except MismatchError as error:
+            self.part(error)
+            return False
+        raise MismatchError(_ABSENT)

@@ -149,10 +149,11 @@ class Pipeline:
         """
         if self._closed:
             raise StateError("Pipeline.step was called after close()")
-        self._accord.check()
+        installs: list[Install] = []
+        if not self._accord.settled():
+            return installs
         step = self.step_count
         plan = self.timetable.plan(step)
-        installs: list[Install] = []
         try:
             if plan.together and not self._accord.meet(step, self._print.now(grads)):
                 return installs
@@ -182,7 +183,7 @@ class Pipeline:
             else:
                 installs = self._install(step)
         if Action.CLOSE in plan.actions:
-            # The next window begins with the next step, so what this step installed counts.
+            # What this step installed is the basis of the window that begins with the next.
             self._window_basis = list(self.installed)
         return installs
 

@@ -73,7 +73,7 @@ def skipped_step(
     save: Callable[[Any], None], door: str, at: int, steps: int, settings: Result
 ) -> Result:
     """Rank 1 leaves out one step() of the door; DDP's reductions go on."""
-    accord.MEETING_PATIENCE = accord.FAREWELL_PATIENCE = 2.0
+    accord.MEETING_PATIENCE = accord.FAREWELL_PATIENCE = 1.5
     with Run(door, **settings) as run:
         for step in range(steps):
             run.backward()
