@@ -163,8 +163,7 @@ def _staleness(events: Sequence[Event], pids: Mapping[str, int], origin: int) ->
 class _Paths:
     """Arrows statistic_sent -> refresh -> install.
 
-    A statistic is known by its owner and seq; a version by its block and number.  Ranks may
-    number the blocks of their table where workers name them: `_name_blocks` learns which is which.
+    A statistic is known by its owner and seq; a version by its block and number.
     An arrow's end belongs to the slice around its time, so it is drawn inside the step slice
     that encloses (or is nearest to) the event.  A process without slices gets no arrow.
     """
@@ -180,7 +179,6 @@ class _Paths:
             elif event["kind"] == "statistic_sent":
                 self._sent.setdefault((event["who"], event["seq"]), []).append(event)
         received = [e for e in events if e["kind"] == "statistic_received" and "owner" in e]
-        self._names = self._name_blocks(received)
         self._owners = {
             (event["who"], block, event["seq"]): f"rank{event['owner']}"
             for event in received
@@ -190,7 +188,7 @@ class _Paths:
         for event in events:
             if event["kind"] == "install":
                 for block, version in zip(event["blocks"], event["versions"], strict=True):
-                    key = (event["who"], self._names.get(block, block), version)
+                    key = (event["who"], block, version)
                     self._installed.setdefault(key, event)
 
     def records(self) -> list[Record]:
@@ -216,21 +214,6 @@ class _Paths:
                 out.append(self._flow("f", number, install["who"], STEPS_TRACK, end))
         return out
 
-    def _name_blocks(self, received: Sequence[Event]) -> dict[Any, Any]:
-        """Block as the rank calls it -> block as the worker does, from messages seen on both."""
-        names: dict[Any, Any] = {}
-        same = ("since", "through", "basis")
-        for event in received:
-            sent = [
-                candidate
-                for candidate in self._sent.get((f"rank{event['owner']}", event["seq"]), [])
-                if all(candidate.get(key) == event.get(key) for key in same)
-                and len(candidate["blocks"]) == len(event["blocks"])
-            ]
-            if len(sent) == 1:
-                names.update(zip(sent[0]["blocks"], event["blocks"], strict=True))
-        return names
-
     def _origin_of(self, refresh: Event) -> Event | None:
         """The statistic_sent event whose statistics this refresh folded."""
         if "seq" not in refresh or not refresh["blocks"]:
@@ -241,7 +224,7 @@ class _Paths:
             return None
         wanted = set(refresh["blocks"])
         for sent in self._sent.get((owner, refresh["seq"]), []):
-            if wanted & {self._names.get(block, block) for block in sent["blocks"]}:
+            if wanted.intersection(sent["blocks"]):
                 return sent
         return None
 

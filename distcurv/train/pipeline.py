@@ -26,6 +26,7 @@ from distcurv.train.depot import Depot, State
 from distcurv.train.group import RankGroup
 from distcurv.train.lanes import Lanes
 from distcurv.train.log import InstallLog, Record, Replay
+from distcurv.train.named_events import NamedEvents
 from distcurv.train.provider import Workers, event_sink, job_identity, owner_links
 from distcurv.train.staleness import StalenessWatch, staleness
 from distcurv.train.switch import Install, Switch, first_installs
@@ -81,7 +82,8 @@ class Pipeline:
             "the configuration", fingerprint.of_text(repr(config)), "use one config on all ranks"
         )
         self.device = device
-        self.emit = emit = event_sink(self.group.rank)
+        names = [spec.name for spec in self.table.specs]
+        self.emit = emit = NamedEvents(event_sink(self.group.rank), names)
         self._replay = Replay(replay, len(self.table)) if replay is not None else None
         self.step_count = 0
         self.install_log = InstallLog()
@@ -149,18 +151,17 @@ class Pipeline:
         """
         if self._closed:
             raise StateError("Pipeline.step was called after close()")
-        installs: list[Install] = []
         if not self._accord.settled():
-            return installs
+            return []
         step = self.step_count
         plan = self.timetable.plan(step)
         try:
             if plan.together and not self._accord.meet(step, self._print.now(grads)):
-                return installs
+                return []
             installs = self._run(step, plan, grads)
         except MismatchError as error:
             self._accord.part(error)
-            return installs
+            return []
         self.staleness_watch.look(self.installed, step)
         self.step_count = step + 1
         return installs

@@ -21,7 +21,8 @@ log = logging.getLogger("distcurv.worker")
 
 BURST = 64  # messages taken in before ticks and results get their turn
 LONGEST_PAUSE = 0.2  # seconds; how late a stop can be noticed that nobody woke the server for
-FAREWELL = 1.0  # seconds that the last messages may take to leave
+FAREWELL = 1.0  # seconds that owners may take to acknowledge and to read the last messages
+LAST_WORDS = 0.2  # seconds between a Goodbye and the close, which may overtake it on a socket
 
 
 class Stop(Protocol):
@@ -70,6 +71,7 @@ class _Loop:
                     if job is not None:
                         self.compute.submit(job)
                 self._tick()
+            self._await_acknowledgements()
             reason = "the worker was stopped"
         finally:
             self._farewell(reason)
@@ -99,12 +101,23 @@ class _Loop:
             self.service.on_lost(peer)
             self.server.drop(peer)
 
-    def _farewell(self, reason: str) -> None:
-        self._post(self.service.on_stop(reason))
+    def _await_acknowledgements(self) -> None:
+        """Give what was published last a chance to arrive before the Goodbye."""
         deadline = time.monotonic() + FAREWELL
-        while not self.outbox.empty() and time.monotonic() < deadline:
+        while self.service.unacknowledged() and time.monotonic() < deadline:
+            self._take_messages()
+            self._tick()
+
+    def _farewell(self, reason: str) -> None:
+        goodbyes = self.service.on_stop(reason)
+        self._post(goodbyes)
+        now = time.monotonic()
+        least = now + LAST_WORDS if goodbyes else now
+        most = now + FAREWELL
+        while now < least or (now < most and not self.outbox.empty()):
             self.server.receive(0.02)  # lets the link work; what comes now is too late
-            self.outbox.flush(time.monotonic())
+            now = time.monotonic()
+            self.outbox.flush(now)
 
     def _post(self, messages: Outgoing) -> None:
         now = time.monotonic()

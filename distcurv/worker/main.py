@@ -9,7 +9,6 @@ import logging
 import os
 import signal
 import threading
-import time
 from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
@@ -17,7 +16,6 @@ from types import FrameType
 import torch
 
 from distcurv.wire import bind as bind_server
-from distcurv.wire.zmq_link import LINGER_MS
 from distcurv.worker.compute import Computer
 from distcurv.worker.loop import run
 from distcurv.worker.service import Service
@@ -61,9 +59,6 @@ def serve(
             _write_ready(Path(ready_file), server.endpoint)
         log.info("%s listens on %s, device %s", name, server.endpoint, settings.device)
         run(server, service, stop=stop, emit=emit, name=name)
-        # The closed link sends its last words in the background; a process that ended now
-        # would cut them off.
-        time.sleep(LINGER_MS / 1000)
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)

@@ -169,6 +169,10 @@ class Service:
         if session is not None:
             self._end(session, "the owner does not read")
 
+    def unacknowledged(self) -> int:
+        """How many published versions no owner has acknowledged."""
+        return sum(len(session.store.unacknowledged) for session in self.sessions)
+
     def on_stop(self, reason: str) -> Outgoing:
         """The worker ends: say goodbye to every owner and forget everything."""
         out: Outgoing = []
