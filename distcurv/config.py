@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from distcurv.errors import ConfigError
 
 STALENESS_POLICIES = ("keep", "fallback")
+MAX_DELAY_WINDOWS = 12  # windows between a statistic and its install; a service holds 16 bases
 
 
 def require(ok: bool, owner: object, field: str, want: str) -> None:
@@ -95,6 +96,13 @@ class ServiceConfig:
                 field,
                 "give None or an integer >= 0",
             )
+        require(
+            (self.install_delay or 0) <= MAX_DELAY_WINDOWS * interval,
+            self,
+            "install_delay",
+            f"give at most {MAX_DELAY_WINDOWS} times preconditioner_upd_interval ({interval}): "
+            "services hold so many bases",
+        )
         require(
             _is_number(self.factor_decay) and 0 <= self.factor_decay < 1,
             self,

@@ -11,6 +11,7 @@ A new task is one `Task` and one line in `TASKS`.
 from __future__ import annotations
 
 import functools
+import itertools
 import sysconfig
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -71,7 +72,6 @@ def shard(n: int, rank: int, world_size: int) -> slice:
 
 
 def _generator(*numbers: int) -> torch.Generator:
-    """A generator that depends on all numbers and on nothing else."""
     mixed = 0
     for number in numbers:
         mixed = (mixed * 1_000_003 + number + 1) % (2**63 - 1)
@@ -105,7 +105,7 @@ def _build_autoencoder(seed: int) -> nn.Module:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         layers: list[nn.Module] = []
-        for d_in, d_out in zip(AUTOENCODER_WIDTHS[:-1], AUTOENCODER_WIDTHS[1:], strict=True):
+        for d_in, d_out in itertools.pairwise(AUTOENCODER_WIDTHS):
             layers += [nn.Linear(d_in, d_out), nn.Tanh()]
         return nn.Sequential(*layers[:-1])
 
@@ -120,7 +120,7 @@ def _autoencoder_batch(step: int, rank: int, world_size: int, seed: int) -> Batc
 
 def _autoencoder_loss(model: nn.Module, batch: Batch) -> Tensor:
     """Sigmoid cross-entropy, summed over the pixels, averaged over the images."""
-    (images,) = batch
+    images = batch[0]
     total = F.binary_cross_entropy_with_logits(model(images), images, reduction="sum")
     return total / len(images)
 
@@ -249,8 +249,8 @@ def _windows(codes: Tensor, starts: Tensor) -> Batch:
 
 def _charlm_batch(step: int, rank: int, world_size: int, seed: int) -> Batch:
     codes = standard_library()[:-CHARLM_HELD_OUT]
-    last = len(codes) - CHARLM_CONTEXT
-    starts = torch.randint(last, (CHARLM_BATCH,), generator=_generator(seed, step))
+    draw = _generator(seed, step)
+    starts = torch.randint(len(codes) - CHARLM_CONTEXT, (CHARLM_BATCH,), generator=draw)
     return _windows(codes, starts[shard(CHARLM_BATCH, rank, world_size)])
 
 

@@ -88,6 +88,7 @@ class Conversation:
         self._seeded: set[int] = set()
         self._hello_sent = False
         self._congested = False
+        self._last_seq = -1
         self._unsent: list[Message] = []
         self._heard = -1.0
         self._spoke = -1.0
@@ -119,6 +120,8 @@ class Conversation:
             payload=parcel.payload,
         )
         self._congested = not self.link.send(message)
+        if not self._congested:
+            self._last_seq = parcel.seq
         return not self._congested
 
     def _send_seeds(self, parcel: Parcel) -> bool:
@@ -232,6 +235,8 @@ class Conversation:
         for i, (block, part) in enumerate(zip(blocks, message.payload.split(sizes), strict=True)):
             flat = part.clone()
             seq, version = message.seqs[i], message.versions[i]
+            if seq > self._last_seq:
+                raise SessionLost(f"worker answered statistic {seq}, sent were {self._last_seq}")
             if not bool(torch.isfinite(flat).all()):
                 self._depot.count(rejected=1)
                 self._depot.drop_in_flight(

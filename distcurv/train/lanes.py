@@ -46,6 +46,7 @@ class Lane:
     blocks: list[int]
     remote: Courier | None
     active: Courier | None = None
+    early: bool = False
     avoid_until: int = -1
 
 
@@ -157,10 +158,13 @@ class Lanes:
         else:
             self._warn_unreachable(lane)
             chosen = self._inline() if self._fallback else None
-        if chosen is not None and chosen is not lane.active:
+        if chosen is not None and (chosen is not lane.active or lane.early and not early):
+            # Also at the end of the early phase where the route stays in process: a service that
+            # is seeded then starts from the same published numbers wherever it runs.
             if lane.active is not None:
                 lane.active.withdraw(lane.blocks, f"route switched to {chosen.name}")
             lane.active = chosen
+        lane.early = early
         return chosen
 
     def _inline(self) -> Courier:

@@ -134,7 +134,7 @@ class Pipeline:
         return self.window.contributes(block)
 
     def basis(self, block: int) -> Install:
-        """The version against which the window's statistics of a block are taken."""
+        """What the window's statistics of a block are taken against."""
         return self._window_basis[block]
 
     def add(self, block: int, statistic: Mapping[str, Tensor]) -> None:
@@ -211,8 +211,7 @@ class Pipeline:
         if self._replay is not None:
             only, lost = self._replay.window(self.lanes.blocks, closed.through)
             self.lanes.backlog.discard(lost, "not in the log that is replayed")
-        stale = self._stale_blocks(step)
-        self.lanes.post(step, early=reducing.early, stale=bool(stale), only=only)
+        self.lanes.post(step, early=reducing.early, stale=self._owns_stale(), only=only)
         for block in self.lanes.blocks:
             basis = self._window_basis[block].version
             self.depot.prune(block, self.lanes.backlog.oldest_basis(block, basis))
@@ -265,10 +264,9 @@ class Pipeline:
         """Whether a block's staleness has passed its bound (the same on all ranks)."""
         return self.staleness(block) > self.config.resolved_max_staleness
 
-    def _stale_blocks(self, step: int) -> list[int]:
-        if self.config.staleness_policy != "fallback":
-            return []
-        return [block for block in self.lanes.blocks if self.too_stale(block)]
+    def _owns_stale(self) -> bool:
+        fallback = self.config.staleness_policy == "fallback"
+        return fallback and any(self.too_stale(block) for block in self.lanes.blocks)
 
     # -- ending ---------------------------------------------------------------------------
 

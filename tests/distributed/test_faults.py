@@ -213,11 +213,11 @@ def test_a_worker_killed_while_a_message_is_half_sent(mortal: Supervisor) -> Non
 
 def test_a_slow_link(worker: Supervisor) -> None:
     def slow(link: Any, rank: int) -> Any:
-        return DelayedLink(link, seed=3, longest=0.3)
+        return DelayedLink(link, seed=3, longest=0.1)
 
     with wrapped_links(slow), Run("kfac", worker.endpoints, **SETTINGS) as run:
-        train_until(run, from_workers(run), "versions over a slow link")
-        train_until(run, installed(run), "they are installed")
+        train_until(run, from_workers(run, 3), "versions over a slow link")
+        train_until(run, installed(run, 3), "they are installed")
         assert_accounted(run)
 
 
@@ -254,7 +254,6 @@ LIES: dict[str, Callable[[Message], Any]] = {
     "other-seq": wrong(seqs=lambda seqs: [s + 1 for s in seqs]),
     "unknown-block": wrong(blocks=lambda blocks: [b + 100 for b in blocks]),
     "swapped-blocks": wrong(blocks=lambda blocks: blocks[::-1]),
-    "float64": wrong(payload=lambda payload: payload.double()),
 }
 
 
@@ -277,8 +276,6 @@ class Liar:
 @pytest.mark.parametrize("name", LIES)
 def test_a_lie_is_never_installed_and_the_truth_is_afterwards(name: str) -> None:
     liar = Liar(LIES[name])
-    if name == "float64":
-        pytest.skip("the codec refuses to send it; its own tests cover what comes as float64")
     with MouthWorker(liar) as mouth, Run("kfac", [mouth.endpoint], **SETTINGS) as run:
         train_until(run, lambda metrics: liar.lies >= 3, "three lies")
         run.steps(20)

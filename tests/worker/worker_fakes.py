@@ -10,7 +10,7 @@ from torch import Tensor
 from distcurv.curvature.kinds import Refreshed
 from distcurv.curvature.spec import BlockSpec, Layout, SideSpec, Tensors
 from distcurv.errors import NumericsError, ProtocolError
-from distcurv.wire.messages import PROTOCOL, Hello, Message, Seed, Statistics
+from distcurv.wire.messages import PROTOCOL, Error, Hello, Message, Seed, Statistics
 from distcurv.worker.compute import Computer
 from distcurv.worker.jobs import Job
 from distcurv.worker.service import Service
@@ -124,3 +124,25 @@ class Script:
 
     def finish(self, job: Job) -> list[tuple[bytes, Message]]:
         return self.service.on_result(job, self.computer.run(job), self.now)
+
+
+A, B, C = b"A", b"B", b"C"  # peers
+SID = b"s" * 16
+Y = flat(1, 2, 0.5)
+SPECS = [fake_spec("one"), fake_spec("two")]
+
+
+def codes(messages: list[Message]) -> list[str]:
+    return [message.code if isinstance(message, Error) else "-" for message in messages]
+
+
+def seeded(script: Script, peer: bytes = A, **fields: object) -> bytes:
+    session = script.open(peer, SPECS, **fields)
+    script.seed(peer, session, 0, 3, flat(1, 1, 1))
+    script.seed(peer, session, 1, 3, flat(2, 2, 2))
+    return session
+
+
+def beats(script: Script, seconds: float) -> list[Message]:
+    script.now += seconds
+    return [message for _, message in script.service.on_tick(script.now)]

@@ -1,0 +1,1 @@
+"""LowRankSOAP against SOAP written out densely in float64."""

@@ -1,0 +1,1 @@
+"""The pipeline's state through torch.save, and what is refused."""

@@ -1,0 +1,1 @@
+"""Every bad setting names its field, its value and the remedy."""

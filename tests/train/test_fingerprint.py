@@ -1,0 +1,1 @@
+"""Fingerprints: equal for equal gradients, different otherwise."""

@@ -1,0 +1,1 @@
+"""The install log and its replay."""

@@ -1,0 +1,1 @@
+"""Routes: the early phase, the worker, and the in-process fall-back."""

@@ -1,0 +1,1 @@
+"""Preconditioner against the dense Kronecker inverse in float64."""

@@ -1,0 +1,1 @@
+"""The block table: shares of work, owners, and a digest that tells any difference."""

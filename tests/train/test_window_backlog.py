@@ -1,0 +1,1 @@
+"""Windows and backlog: sums, counts, buckets, and two bases at most."""
