@@ -241,6 +241,8 @@ class LowRankSOAP(torch.optim.Optimizer):
                 for name in _FIELDS:
                     saved = plain["state"][index][name]
                     self.state[param][name] = saved.to(param.device).clone()
+        if self._source is not None:
+            self._source.arm_if_due()  # against the restored bases
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """As `torch.optim.Optimizer`, before construction ends; later ranks would disagree."""

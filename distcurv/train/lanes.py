@@ -151,14 +151,16 @@ class Lanes:
             chosen = self._inline()
         elif deterministic:
             remote = lane.remote
-            self._wait(lambda: remote.up, f"worker {remote.name} to answer ({remote.last_error})")
+            self._wait(
+                lambda: remote.up, lambda: f"worker {remote.name} to answer ({remote.last_error})"
+            )
             chosen = remote
         elif lane.remote.up and step >= lane.avoid_until:
             chosen = lane.remote
         else:
             self._warn_unreachable(lane)
             chosen = self._inline() if self._fallback else None
-        if chosen is not None and (chosen is not lane.active or lane.early and not early):
+        if chosen is not None and (chosen is not lane.active or (lane.early and not early)):
             # Also at the end of the early phase where the route stays in process: a service that
             # is seeded then starts from the same published numbers wherever it runs.
             if lane.active is not None:
@@ -172,7 +174,7 @@ class Lanes:
             self._inline_started = True
             self.inline.start()
         if not self.inline.up:
-            self._wait(lambda: self.inline.up, "the in-process service to start")
+            self._wait(lambda: self.inline.up, lambda: "the in-process service to start")
         return self.inline
 
     def _warn_unreachable(self, lane: Lane) -> None:
@@ -200,12 +202,12 @@ class Lanes:
                 f is not None and (through is None or f.through <= through) for f in flights
             )
 
-        self._wait(ready, "a refresh to finish")
+        self._wait(ready, lambda: "a refresh to finish")
 
-    def _wait(self, ready: Callable[[], bool], what: str) -> None:
+    def _wait(self, ready: Callable[[], bool], what: Callable[[], str]) -> None:
         if not self._depot.wait(ready, self._config.wait_timeout):
             raise StateError(
-                f"waited {self._config.wait_timeout:g} s for {what}: look at the worker, or use "
+                f"waited {self._config.wait_timeout:g} s for {what()}: look at the worker, or use "
                 "install_delay=None, in which step() never waits for a worker"
             )
 
@@ -227,5 +229,7 @@ class Lanes:
         for courier in couriers:
             if not courier.join(timeout):
                 log.warning("the link to %s hangs; its thread is left behind", courier.name)
+                # Its thread will not count what it held; a late answer is then refused.
+                courier.withdraw(self.blocks, "the link hangs")
         self.backlog.discard(self.blocks, "closed")
         self._links.close()

@@ -94,10 +94,12 @@ class Timetable:
         return step < self.early_steps
 
     def capture_due(self, step: int) -> bool:
-        """Whether statistics are taken at this step."""
-        if self.is_early(step):
-            return step % min(self.capture_interval, self.early_interval) == 0
-        return step % self.capture_interval == 0
+        """Whether statistics are taken at this step: at their interval, and at the end of the early
+        windows and of the one that follows them, so that none is empty."""
+        if step % self.capture_interval == 0:
+            return True
+        bridging = bool(self.early_steps) and step < self._first_sync() + self.interval
+        return bridging and Action.CLOSE in self.plan(step).actions
 
     def plan(self, step: int) -> Plan:
         """What the exchange does at this step (counted from 0)."""

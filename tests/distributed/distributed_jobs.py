@@ -68,9 +68,7 @@ class Scenario(NamedTuple):
 class Results:
     """What the ranks said: ``of(key)`` is a list by rank."""
 
-    def __init__(
-        self, by_rank: list[dict[str, Any]], ranks: dict[str, int], folder: Path
-    ) -> None:
+    def __init__(self, by_rank: list[dict[str, Any]], ranks: dict[str, int], folder: Path) -> None:
         self._by_rank = by_rank
         self._ranks = ranks
         self.folder = folder

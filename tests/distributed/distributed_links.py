@@ -71,11 +71,13 @@ class HangingLink(WrappedLink):
         super().__init__(inner)
         self._where = where
         self._after = after
+        self.hangs = threading.Event()
 
     def _maybe(self, where: str) -> None:
         if where == self._where:
             self._after -= 1
             if self._after < 0:
+                self.hangs.set()
                 threading.Event().wait()
 
     def send(self, message: Message) -> bool:
