@@ -61,7 +61,7 @@ class ServiceConfig:
     """
 
     rank: int = 16
-    preconditioner_upd_interval: int = 20
+    preconditioner_upd_interval: int = 10
     curvature_upd_interval: int = 2
     early_steps: int | None = None
     early_divisor: int = 5
@@ -157,6 +157,7 @@ class SoapConfig(ServiceConfig):
     """
 
     source: str = "gradient"
+    factor_decay: float = 0.9
     staleness_policy: str = "fallback"
 
     def __post_init__(self) -> None:
@@ -190,7 +191,6 @@ class KfacConfig(ServiceConfig):
     """
 
     rank: int = 64
-    preconditioner_upd_interval: int = 10
     kind: str = "lowrank"
     damping: float = 1e-3
     damping_form: str = "absolute"

@@ -35,17 +35,19 @@ def soap(problem: Problem, knobs: Knobs, clock: PhaseClock) -> Trainer:
 
 
 def shampoo(problem: Problem, knobs: Knobs, clock: PhaseClock) -> Trainer:
-    """Shampoo of pytorch-optimizer, its roots computed every ``interval`` steps."""
+    """Shampoo of pytorch-optimizer, its roots computed every ``interval`` steps.
+
+    Without momentum: its momentum is taken from preconditioned and added to plain gradients, which
+    does not stay finite here."""
     from pytorch_optimizer import Shampoo
 
     optimizer = Shampoo(
         problem.model.parameters(),
         lr=LR,
-        momentum=0.9,
         preconditioning_compute_steps=knobs.interval,
         matrix_eps=1e-4,
     )
-    about = f"pytorch_optimizer.Shampoo, interval {knobs.interval}, momentum 0.9"
+    about = f"pytorch_optimizer.Shampoo, interval {knobs.interval}, no momentum"
     return over(problem, clock, [optimizer], about)
 
 
