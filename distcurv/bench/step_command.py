@@ -183,13 +183,14 @@ def _show(content: dict[str, Any]) -> None:
     rows = []
     for row in content["results"]:
         ms, over, worst = row["step_ms"], row["over_sgd"], row["worst_over_median"]
-        phases = row["phases_ms"]
+        cpu, phases = row["cpu_over_sgd"], row["phases_ms"]
         share = row["capture_share"]
         peak = row["peak_bytes"]
         rows.append(
             [
                 row["method"],
                 f"{over['median']:.2f} ({over['min']:.2f} to {over['max']:.2f})",
+                f"{cpu['median']:.2f} ({cpu['min']:.2f} to {cpu['max']:.2f})",
                 f"{ms['mean']:.2f}",
                 f"{ms['median']:.2f}",
                 f"{ms['p99']:.2f}",
@@ -202,7 +203,7 @@ def _show(content: dict[str, Any]) -> None:
     show_table(
         f"{settings['model']}, ms per step; worker {settings['worker']}, r = {settings['rank']}, "
         f"interval {settings['interval']}",
-        ("method", "mean over sgd", "mean", "median", "p99", "worst / median", "fwd+bwd",
+        ("method", "mean over sgd", "CPU over sgd", "mean", "median", "p99", "worst / median", "fwd+bwd",
          "capture", "exchange", "refresh", "apply", "capture of its step", "peak MB"),
         rows,
     )  # fmt: skip

@@ -30,13 +30,17 @@ _PATIENCE_S = 60.0
 
 @dataclass
 class Member:
-    """One method at work; its worker, if it has one, and whether that is stopped when timed."""
+    """One method at work; its worker, if it has one, and whether that is stopped when timed.
+
+    ``step_ms`` are wall times by turn, ``cpu_ms`` the processor time of a turn's mean step;
+    ``phases`` (ms) and ``captured`` (it took statistics) are by step."""
 
     name: str
     trainer: Trainer
     supervisor: Supervisor | None = None
     idle: bool = False
     step_ms: list[list[float]] = field(default_factory=list)
+    cpu_ms: list[float] = field(default_factory=list)
     phases: list[dict[str, float]] = field(default_factory=list)
     captured: list[bool] = field(default_factory=list)
 

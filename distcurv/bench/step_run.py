@@ -8,6 +8,7 @@ ratio within one repetition; its spread over the repetitions says how far to bel
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Callable, Sequence
 from statistics import fmean, median
 from typing import Any
@@ -33,6 +34,7 @@ def run_steps(member: Member, steps: int, *, timed: bool) -> None:
     pipeline = member.trainer.pipeline
     turn: list[float] = []
     loss = None
+    processor = time.process_time()
     for _ in range(steps):
         captures = pipeline is not None and pipeline.capture_due
         loss = member.trainer.train_step()
@@ -45,6 +47,7 @@ def run_steps(member: Member, steps: int, *, timed: bool) -> None:
         raise StateError(f"the loss of {member.name} is not finite: its times mean nothing")
     if timed:
         member.step_ms.append(turn)
+        member.cpu_ms.append(1e3 * (time.process_time() - processor) / steps)
 
 
 def take_turns(
@@ -64,7 +67,10 @@ def row_of(member: Member, baseline: Member) -> dict[str, Any]:
 
     ``over_sgd`` is the mean step over SGD's mean step of the same repetition; ``worst_over_median``
     the slowest step of a repetition over its median step; both as median over the repetitions
-    between the extremes.  ``phases_ms`` are means over all steps; a phase that does not occur, or
+    between the extremes.  ``cpu_over_sgd`` compares the processor time of this process, all its
+    threads, as ``over_sgd`` compares wall time: on one core both agree unless somebody else uses
+    the machine (or the device is a GPU), and then this one is closer to what a quiet machine
+    shows.  ``phases_ms`` are means over all steps; a phase that does not occur, or
     cannot be told apart, is None.  ``capture_share`` is capture's share of the steps that take
     statistics.
     """
@@ -88,6 +94,9 @@ def row_of(member: Member, baseline: Member) -> dict[str, Any]:
                 fmean(ours) / fmean(theirs)
                 for ours, theirs in zip(member.step_ms, baseline.step_ms, strict=True)
             ]
+        ),
+        "cpu_over_sgd": spread(
+            [ours / theirs for ours, theirs in zip(member.cpu_ms, baseline.cpu_ms, strict=True)]
         ),
         "worst_over_median": spread([max(turn) / median(turn) for turn in member.step_ms]),
         "phases_ms": phases,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -40,8 +40,16 @@ def named_params(param_groups: Sequence[dict[str, Any]]) -> list[tuple[str, Tens
     named: list[tuple[str, Tensor]] = []
     for group in param_groups:
         names = group.get("param_names") or [None] * len(group["params"])
-        for name, param in zip(names, group["params"], strict=True):
+        for given, param in zip(names, group["params"], strict=True):
+            name = given if given is not None else f"param{len(named)}"
             if param.is_complex():
                 raise ConfigError(f"parameter {name} is complex: optimize its real view")
-            named.append((name if name is not None else f"param{len(named)}", param))
+            named.append((name, param))
     return named
+
+
+def refuse_sparse(named: Iterable[tuple[str, Tensor]]) -> None:
+    """Raise `ConfigError` for a sparse gradient; at every step, so that all ranks raise at one."""
+    for name, param in named:
+        if param.grad is not None and param.grad.layout is not torch.strided:
+            raise ConfigError(f"parameter {name} has a sparse gradient: use sparse=False")

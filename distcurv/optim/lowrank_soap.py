@@ -19,7 +19,7 @@ from distcurv.curvature.four_block import FourBlockState, advance, init_state
 from distcurv.curvature.four_block_turn import turn
 from distcurv.curvature.statistics import encode_gradient
 from distcurv.errors import ConfigError, StateError
-from distcurv.optim.arguments import check_options, common_device, named_params
+from distcurv.optim.arguments import check_options, common_device, named_params, refuse_sparse
 from distcurv.optim.matrices import find_matrices, matrix_spec
 from distcurv.train import checkpoint, metrics
 from distcurv.train.activations import ActivationSource
@@ -49,7 +49,8 @@ class LowRankSOAP(torch.optim.Optimizer):
         replay: install log of an earlier run to follow exactly.
         settings: further fields of `distcurv.SoapConfig`.
 
-    Gradients must be the same on all training ranks when `step` is called (DDP does that).
+    Gradients must be the same on all training ranks when `step` is called (DDP does that).  The
+    first gradient of a matrix makes its basis and moments and gives no direction, as in SOAP.
     Sources: Vyas et al. 2024 (SOAP); the four-block rule is described in docs/architecture.md.
     """
 
@@ -66,7 +67,6 @@ class LowRankSOAP(torch.optim.Optimizer):
         replay: Sequence[Sequence[int]] | None = None,
         **settings: Any,
     ) -> None:
-        check_options(lr, betas, eps, weight_decay)
         self.config = SoapConfig(rank=rank, source=source, **settings)
         model = params if isinstance(params, nn.Module) else None
         if model is None and source == "activations":
@@ -80,7 +80,9 @@ class LowRankSOAP(torch.optim.Optimizer):
         super().__init__(
             given, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
         )
-        named = named_params(self.param_groups)
+        for group in self.param_groups:
+            check_options(group["lr"], group["betas"], group["eps"], group["weight_decay"])
+        self._named = named = named_params(self.param_groups)
         self._matrices = find_matrices(named)
         self._pipeline = Pipeline(
             [matrix_spec(matrix, self.config) for matrix in self._matrices],
@@ -109,6 +111,7 @@ class LowRankSOAP(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         pipeline = self._open_pipeline()
+        refuse_sparse(self._named)
         grads = [m.param.grad for m in self._matrices if m.param.grad is not None]
         if pipeline.capture_due:
             self._add_statistics(pipeline)
@@ -131,10 +134,6 @@ class LowRankSOAP(torch.optim.Optimizer):
             mine = pipeline.table.owners[block] == pipeline.group.rank
             if block in watched or grad is None or not mine:
                 continue
-            if grad.is_sparse:
-                raise ConfigError(
-                    f"parameter {matrix.name} has a sparse gradient: use sparse=False"
-                )
             spec = pipeline.table.specs[block]
             statistic = encode_gradient(
                 spec, matrix.view(grad).float(), pipeline.basis(block).tensors
@@ -185,6 +184,10 @@ class LowRankSOAP(torch.optim.Optimizer):
             state.update(zip(_FIELDS, new, strict=True))
             if group["weight_decay"]:
                 param.mul_(1 - lr * group["weight_decay"])
+            if state["step"] == 1:
+                # The first basis diagonalises this very gradient: beside the diagonal there is
+                # only rounding, which the division by its own size would make a full update.
+                continue
             if param.is_contiguous() and param.dtype == torch.float32:
                 direction.subtract_from(matrix.view(param), float(lr))
             else:

@@ -275,25 +275,25 @@ class Pipeline:
         if self._closed:
             return
         self._closed = True
-        self.depot.count(observed=self.window.captures * len(self.lanes.blocks))
-        self.depot.drop(self.lanes.blocks, self.window.restart(self.step_count), "closed")
+        self._give_up(self.window.restart(self.step_count), "closed")
         if self._reducing is not None:
-            captures = self._reducing.closed.captures
-            self.depot.count(observed=captures * len(self.lanes.blocks))
-            self.depot.drop(self.lanes.blocks, captures, "closed")
+            self._give_up(self._reducing.closed.captures, "closed")
         self._finalizer.detach()
         ending.close_lanes(self.lanes, timeout)
+
+    def _give_up(self, captures: int, reason: str) -> None:
+        """Count statistics that were observed here and never came into the backlog."""
+        self.depot.count(observed=captures * len(self.lanes.blocks))
+        self.depot.drop(self.lanes.blocks, captures, reason)
 
     def restore(self, step: int, installed: list[Install]) -> None:
         """Take over restored versions.  Collectives under way are completed and discarded."""
         if self._reducing is not None:
             self.group.finish(self._reducing.works)
-            self.depot.drop(self.lanes.blocks, self._reducing.closed.captures, "state_dict loaded")
+            self._give_up(self._reducing.closed.captures, "state_dict loaded")
             self._reducing = None
         self._switch.abandon()
-        lost = self.window.restart(step)
-        self.depot.count(observed=lost * len(self.lanes.blocks))
-        self.depot.drop(self.lanes.blocks, lost, "state_dict loaded")
+        self._give_up(self.window.restart(step), "state_dict loaded")
         self.lanes.reseed()
         self.step_count = step
         self.installed = list(installed)

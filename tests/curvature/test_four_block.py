@@ -60,6 +60,22 @@ def test_direction_equals_the_dense_rule(shape: tuple[int, int, int, int]) -> No
         assert_close(direction, reference.update(x), 1e-7)
 
 
+@pytest.mark.parametrize("rest", [1e-2, 1e-4, 1e-6])
+def test_a_small_rest_is_divided_by_the_floor(rest: float) -> None:
+    """The rest's own root would give it the size of the other parts, however small it is."""
+    d_out, d_in, g, a = shape = (12, 10, 3, 2)
+    gen = generator(14)
+    u, w = orthonormal(d_out, g, gen), orthonormal(d_in, a, gen)
+    reference, state = DenseFourBlock(u, w), fresh(shape)
+    for t in range(1, 6):
+        x = torch.randn(d_out, d_in, generator=gen, dtype=torch.float64)
+        x = x - (1 - rest) * dense_parts(x, u, w)["rest"]
+        direction, state = step(state, x, u, w, t)
+        assert_close(direction, reference.update(x), 1e-7)
+    size = float(dense_parts(direction, u, w)["rest"].abs().max())
+    assert size < 300 * rest, "the floor is a hundredth of the root of the mean second moment"
+
+
 def test_a_rest_of_pure_rounding_is_floored() -> None:
     """A gradient that lies in the bases leaves a rest of rounding, which must not be blown up."""
     gen = generator(3)

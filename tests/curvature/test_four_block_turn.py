@@ -173,6 +173,20 @@ def test_turn_from_side_parts_equals_the_written_out_sums() -> None:
     assert_close(turned.v_right_Oa, right)
 
 
+@pytest.mark.parametrize("rank", [2, 4, 6])
+def test_turn_from_a_basis_that_holds_coordinate_axes(rank: int) -> None:
+    """Such coordinates have nothing outside the basis to share out: no 0/0, nothing lost."""
+    gen = generator(12)
+    u, w = torch.eye(6, dtype=torch.float64)[:, :3], torch.eye(5, dtype=torch.float64)[:, 1:3]
+    new_u, new_w = orthonormal(6, rank, gen), orthonormal(5, 5, gen)
+    state = trained((6, 5, 3, 2), u, w, 12)
+    turned = four_block_turn.turn(state, u, w, new_u, new_w)
+    assert all(bool(t.isfinite().all()) for t in turned)
+    before = four_block_turn.second_moment_total(state, u, w)
+    after = four_block_turn.second_moment_total(turned, new_u, new_w)
+    torch.testing.assert_close(after, before, rtol=1e-9, atol=0.0)
+
+
 def test_turn_projects_the_momentum_on_the_new_basis() -> None:
     shape, gen = (10, 8, 4, 3), generator(10)
     u, w = orthonormal(10, 4, gen), orthonormal(8, 3, gen)

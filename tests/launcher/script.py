@@ -30,6 +30,11 @@ def main() -> int:
     partial.write_text(json.dumps(told))
     partial.rename(folder / f"rank{rank}.json")
     if verb == "exit" and rank == "0":
+        # Once a rank has failed, torchrun ends the others: they must have told before.
+        others = [folder / f"rank{other}.json" for other in range(int(os.environ["WORLD_SIZE"]))]
+        deadline = time.monotonic() + 60
+        while not all(path.exists() for path in others) and time.monotonic() < deadline:
+            time.sleep(0.02)
         return int(words[1])
     if verb in ("exit", "hang", "deaf"):
         time.sleep(3600)

@@ -169,7 +169,8 @@ def test_together_says_that_a_collective_begins_and_ends_within_the_step(table: 
 
 
 def test_the_early_phase_of_a_config() -> None:
-    table = Timetable.from_config(ServiceConfig(), inline=False)
+    config = ServiceConfig(preconditioner_upd_interval=20, early_divisor=5)
+    table = Timetable.from_config(config, inline=False)
     assert (table.early_steps, table.early_interval) == (80, 4)
     assert Timetable.from_config(KfacConfig(kind="dense"), inline=False).early_steps == 0
     short = ServiceConfig(preconditioner_upd_interval=2, curvature_upd_interval=1)
