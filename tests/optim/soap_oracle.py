@@ -70,9 +70,9 @@ class DenseSoap:
         self.second = beta2 * self.second + (1 - beta2) * turned**2
         mean = self.basis_G.T @ self.momentum @ self.basis_A / (1 - beta1**self.steps)
         root = (self.second / (1 - beta2**self.steps)).sqrt() + self.eps
+        self.weight *= 1 - self.lr * self.weight_decay
         if self.steps == 1:
             return  # as in the paper's algorithm, the first gradient only makes the basis
-        self.weight *= 1 - self.lr * self.weight_decay
         self.weight -= self.lr * (self.basis_G @ (mean / root) @ self.basis_A.T)
 
     def step(self, grad: Tensor) -> None:
