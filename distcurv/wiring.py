@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from distcurv.errors import ConfigError
+from distcurv.errors import ConfigError, LinkError
 from distcurv.observe.events import from_environment
 from distcurv.train.group import RankGroup
 from distcurv.train.lanes import OwnerLinks
@@ -39,8 +39,10 @@ class InlineService:
         self._thread: threading.Thread | None = None
 
     def connect(self) -> Link:
-        """A link to the service."""
+        """A link to the service.  Raises `LinkError` after `close`."""
         with self._lock:
+            if self._stop.is_set():
+                raise LinkError("the in-process service is closed: make a new optimizer")
             if self._server is None:
                 self._server = bind("memory://")
                 self._thread = threading.Thread(
@@ -57,9 +59,11 @@ class InlineService:
     def close(self) -> None:
         """End the service; the refresh under way is finished first, at most 5 s are waited."""
         self._stop.set()
-        if self._server is not None and self._thread is not None:
-            self._server.wake()
-            self._thread.join(5.0)
+        with self._lock:  # a link may just be starting the thread
+            server, thread = self._server, self._thread
+        if server is not None and thread is not None:
+            server.wake()
+            thread.join(5.0)
 
 
 def owner_links(workers: Workers, group: RankGroup) -> OwnerLinks:

@@ -11,7 +11,9 @@ from matplotlib.figure import Figure
 OURS, PEER = "#c2410c", "#7a7a7a"
 
 
-def new_figure(panels: int, *, width: float = 5.5, height: float = 4.5) -> tuple[Figure, list[Axes]]:
+def new_figure(
+    panels: int, *, width: float = 5.5, height: float = 4.5
+) -> tuple[Figure, list[Axes]]:
     """A figure with ``panels`` axes beside each other."""
     figure = Figure(figsize=(width * panels, height), layout="constrained")
     FigureCanvasAgg(figure)

@@ -79,10 +79,10 @@ class OverLink:
 
     def _send(self, message: Any) -> None:
         deadline = time.monotonic() + _PATIENCE_S
-        while not self._link.send(message):  # not connected yet
+        while not self._link.send(message):  # no connection yet, or the queue looks full
             if time.monotonic() > deadline:
                 raise LinkError("the peer of bench wire could not be reached")
-            time.sleep(0.001)
+            time.sleep(0)
 
 
 class RawZmq:
@@ -131,7 +131,12 @@ class Way:
 def in_memory() -> Iterator[Way]:
     """The in-memory link to a thread of this process."""
     server = bind("memory://")
-    thread = threading.Thread(target=answer, args=(server,), daemon=True)
+
+    def serve() -> None:
+        answer(server)
+        server.close()
+
+    thread = threading.Thread(target=serve, daemon=True)
     thread.start()
     way = Way(OverLink(connect(server.endpoint)), time.process_time)
     try:
@@ -139,7 +144,6 @@ def in_memory() -> Iterator[Way]:
     finally:
         way.line.end()
         thread.join(_PATIENCE_S)
-        # The server belongs to the thread that answered, which has ended; only its name is left.
 
 
 @contextmanager

@@ -9,12 +9,14 @@ from __future__ import annotations
 import os
 import sys
 import tempfile
+import time
 
 import torch
 import zmq
 
+from distcurv.launcher import lifeline
 from distcurv.wire import Server, bind
-from distcurv.wire.messages import Ack, Goodbye, Heartbeat, Published, Statistics
+from distcurv.wire.messages import Ack, Goodbye, Heartbeat, Message, Published, Statistics
 
 SESSION = bytes(16)
 _WAIT_S = 1.0
@@ -34,15 +36,21 @@ def answer(server: Server) -> None:
         if isinstance(message, Goodbye):
             return
         if isinstance(message, Heartbeat):
-            server.send(got.peer, message)
+            _reply(server, got.peer, message)
         elif isinstance(message, Statistics):
-            server.send(got.peer, Ack(SESSION, "statistics", [0], [message.seq]))
+            _reply(server, got.peer, Ack(SESSION, "statistics", [0], [message.seq]))
         elif isinstance(message, Ack):
             size = message.numbers[0]
             if payload.numel() != size:
                 payload = torch.ones(size)
-            reply = Published(SESSION, [0], [1], [0], [0], [0.0], [0.0], 0.0, payload)
-            server.send(got.peer, reply)
+            published = Published(SESSION, [0], [1], [0], [0], [0.0], [0.0], 0.0, payload)
+            _reply(server, got.peer, published)
+
+
+def _reply(server: Server, peer: bytes, message: Message) -> None:
+    """Queue an answer, however often that takes: zmq learns late that its queue has emptied."""
+    while not server.send(peer, message):
+        time.sleep(0)
 
 
 def answer_raw(socket: zmq.Socket[bytes]) -> None:
@@ -72,6 +80,7 @@ def raw_router(endpoint: str) -> tuple[zmq.Socket[bytes], str]:
 
 def main(link: str, raw: bool) -> int:
     """Bind, print the endpoint, answer until the end."""
+    lifeline.die_with_parent()
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory(prefix="distcurv-bench-") as folder:
         place = f"ipc://{os.path.join(folder, 'peer')}" if link == "ipc" else "tcp://127.0.0.1:0"

@@ -117,9 +117,13 @@ def _uncaptured(estimate: Estimate) -> Tensor:
 
 
 def _innovation(old: Estimate, known: Tensor, Y_Bdr: Tensor, Q_Bdr: Tensor) -> Tensor:
-    expected_Bdr = old.double().times(Q_Bdr.double())
-    size_B = torch.linalg.matrix_norm(Y_Bdr)
-    change_B = torch.linalg.matrix_norm(Y_Bdr - expected_Bdr)
+    # A report: float32 (or TF32) is precise enough, and a third of the time.
+    Y_Bdr = Y_Bdr.to(old.U_dr.dtype)
+    expected_Bdr = old.times(Q_Bdr.to(old.U_dr.dtype))
+    size_B, change_B = (
+        torch.linalg.vector_norm(matrix, dim=(-2, -1), dtype=torch.float64)
+        for matrix in (Y_Bdr, Y_Bdr - expected_Bdr)
+    )
     # Where the statistic vanishes against the estimate the ratio is cut at 1e6, so that it stays a
     # number that can be sent.
     floor_B = 1e-6 * change_B

@@ -352,6 +352,7 @@ def test_the_asynchronous_mode_never_waits_for_a_worker(
     services.reachable = False
     absent = make(remote=True, fallback=False, wait_timeout=1e-9)
     run(absent, 50)
+    services.reachable = True
     silent = make(remote=mute, fallback=False, wait_timeout=1e-9)
     up(silent)
     run(silent, 50)
