@@ -141,7 +141,7 @@ class ServiceConfig:
 
     @property
     def resolved_max_staleness(self) -> int:
-        """The bound on staleness in steps, never below what the pipeline itself needs."""
+        """The bound on staleness in steps; by default with room for what the pipeline needs."""
         interval = self.preconditioner_upd_interval
         if self.max_staleness is not None:
             return self.max_staleness

@@ -108,6 +108,12 @@ def _checked(endpoints: Sequence[str]) -> list[str]:
         if not isinstance(endpoint, str):
             raise ConfigError(f"workers contains {endpoint!r}: endpoints are strings")
         parse_connectable(endpoint)
+    doubled = sorted({endpoint for endpoint in endpoints if endpoints.count(endpoint) > 1})
+    if doubled:
+        raise ConfigError(
+            f"workers names {', '.join(doubled)} more than once: a worker has one session per "
+            "owner, name each worker once"
+        )
     return list(endpoints)
 
 

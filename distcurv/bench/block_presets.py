@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 from distcurv.errors import ConfigError
 
@@ -36,10 +37,7 @@ def _charlm(width: int, layers: int, vocabulary: int, context: int) -> list[Shap
 # autoencoder and charlm are the models of `bench step`; of BERT-Large (Devlin et al. 2019) the 24
 # encoder layers of width 1024.
 PRESETS: Mapping[str, Sequence[Shape]] = {
-    "autoencoder": [
-        Shape(f"{into}-{out}", out, into)
-        for into, out in zip(_AUTOENCODER[:-1], _AUTOENCODER[1:], strict=True)
-    ],
+    "autoencoder": [Shape(f"{into}-{out}", out, into) for into, out in pairwise(_AUTOENCODER)],
     "charlm": _charlm(256, 4, 97, 64),
     "bert-large": [
         Shape("attention", 1024, 1024, 96),

@@ -56,7 +56,13 @@ def run(args: argparse.Namespace) -> int:
     sizes = [(d, b) for d in args.dims for b in args.blocks]
     record = Record(
         args,
-        {"dims": args.dims, "ranks": args.ranks, "blocks": args.blocks, "tail": "isotropic"},
+        {
+            "dims": args.dims,
+            "ranks": args.ranks,
+            "blocks": args.blocks,
+            "tail": "isotropic",
+            "clock": "wall" if args.device == "cuda" else "processor time",
+        },
         args.device,
     )
     with (
@@ -92,7 +98,7 @@ def measure(
     import torch
 
     from distcurv.bench import refresh_cases as cases
-    from distcurv.bench.clock import now
+    from distcurv.bench.clock import work_time
     from distcurv.bench.summary import spread
 
     generator = torch.Generator(where).manual_seed(1)
@@ -116,13 +122,13 @@ def measure(
     order = list(work)
     for repetition in range(repetitions):
         for name in order if repetition % 2 == 0 else reversed(order):
-            start = now(where)
+            start = work_time(where)
             work[name]()
-            seconds[name].append(now(where) - start)
+            seconds[name].append(work_time(where) - start)
         advance()
     matmul_rates = [2 * _MATMUL**3 / s / 1e9 for s in seconds["matmul"]]
     rows = []
-    for r, case in used.items():
+    for r in used:
         rates = [blocks * cases.nominal_flops(d, r) / s / 1e9 for s in seconds[r]]
         per_block = {
             name: spread([1e3 * s / blocks for s in seconds[key]])

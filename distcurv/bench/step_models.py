@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
@@ -91,7 +92,7 @@ class ResidualBlock(nn.Module):
 
 def _autoencoder() -> Problem:
     layers: list[nn.Module] = []
-    for into, out in zip(AUTOENCODER_WIDTHS[:-1], AUTOENCODER_WIDTHS[1:], strict=True):
+    for into, out in pairwise(AUTOENCODER_WIDTHS):
         layers += [nn.Linear(into, out), nn.Tanh()]
     images = torch.rand(256, AUTOENCODER_WIDTHS[0])
     return Problem(

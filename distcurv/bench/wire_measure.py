@@ -27,6 +27,7 @@ from distcurv.wire import Link, bind, connect
 from distcurv.wire.messages import Ack, Goodbye, Heartbeat, Statistics
 
 WINDOW = 4
+PEER_THREAD = "distcurv-bench-peer"
 _PATIENCE_S = 30.0
 
 
@@ -136,7 +137,7 @@ def in_memory() -> Iterator[Way]:
         answer(server)
         server.close()
 
-    thread = threading.Thread(target=serve, daemon=True)
+    thread = threading.Thread(target=serve, name=PEER_THREAD, daemon=True)
     thread.start()
     way = Way(OverLink(connect(server.endpoint)), time.process_time)
     try:

@@ -72,7 +72,7 @@ def answer_raw(socket: zmq.Socket[bytes]) -> None:
 
 def raw_router(endpoint: str) -> tuple[zmq.Socket[bytes], str]:
     """A bound ROUTER and where it is."""
-    socket = zmq.Context.instance().socket(zmq.ROUTER)
+    socket: zmq.Socket[bytes] = zmq.Context.instance().socket(zmq.ROUTER)
     socket.set(zmq.LINGER, 0)
     socket.bind(endpoint)
     return socket, socket.get_string(zmq.LAST_ENDPOINT)

@@ -93,6 +93,8 @@ class LowRankSOAP(torch.optim.Optimizer):
             inline_fallback=True,
             replay=replay,
         )
+        # Gradients whose statistic was not finite; a tensor, so that no step waits for the device.
+        self._nonfinite = torch.zeros((), device=self._pipeline.device)
         self._block_of = {id(m.param): block for block, m in enumerate(self._matrices)}
         self._source: ActivationSource | None = None
         if model is not None and source == "activations":
@@ -138,6 +140,7 @@ class LowRankSOAP(torch.optim.Optimizer):
             statistic = encode_gradient(
                 spec, matrix.view(grad).float(), pipeline.basis(block).tensors
             )
+            self._nonfinite += 1 - statistic["steps"]
             pipeline.add(block, statistic)
 
     def _turn(self, old: Install, new: Install) -> None:
@@ -267,8 +270,13 @@ class LowRankSOAP(torch.optim.Optimizer):
         return [matrix.name for matrix in self._matrices]
 
     def metrics(self) -> dict[str, float | int]:
-        """Counters of this rank; see `distcurv.train.metrics.collect`."""
-        return metrics.collect(self._open_pipeline())
+        """Counters of this rank, see `distcurv.train.metrics.collect`; and
+        ``statistics_nonfinite``, gradients (or watched calls) that were not finite and count as
+        zeros."""
+        nonfinite = int(self._nonfinite)
+        if self._source is not None:
+            nonfinite += self._source.capture.nonfinite
+        return metrics.collect(self._open_pipeline()) | {"statistics_nonfinite": nonfinite}
 
     def close(self) -> None:
         """End threads, links and hooks; local and idempotent."""

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from distcurv.curvature.spec import Layout
 from distcurv.errors import StateError
 from distcurv.train.depot import State
 from distcurv.train.pipeline import Pipeline
@@ -22,8 +23,11 @@ FORMAT = 1
 def save(pipeline: Pipeline) -> dict[str, Any]:
     """Tensors and plain values only (``torch.load(weights_only=True)`` reads it); local."""
     blocks = {}
-    for spec, install in zip(pipeline.table.specs, pipeline.installed, strict=True):
+    for spec, layout, install in zip(
+        pipeline.table.specs, pipeline.table.published_layouts, pipeline.installed, strict=True
+    ):
         blocks[spec.name] = {
+            "shapes": _shapes(layout),
             "version": install.version,
             "since": install.since,
             "through": install.through,
@@ -39,11 +43,15 @@ def save(pipeline: Pipeline) -> dict[str, Any]:
     }
 
 
+def _shapes(layout: Layout) -> dict[str, list[int]]:
+    return {name: list(shape) for name, shape in layout.shapes.items()}
+
+
 def load(pipeline: Pipeline, state: Mapping[str, Any]) -> list[Install]:
     """Continue from a state_dict; must be called on all ranks at the same step.
 
     Returns the restored installs (those of version 0 too).  Raises `StateError` when the
-    state is of another format or of other blocks."""
+    state is of another format, of other blocks, or not finite; then nothing has changed."""
     if state.get("format") != FORMAT:
         raise StateError(
             f"curvature state has format {state.get('format')!r}, this version reads {FORMAT}"
@@ -59,12 +67,16 @@ def load(pipeline: Pipeline, state: Mapping[str, Any]) -> list[Install]:
     for block, name in enumerate(names):
         saved = state["blocks"][name]
         layout = pipeline.table.published_layouts[block]
-        if saved["flat"].numel() != layout.size:
+        # Sizes alone would let a side's tail be read as the other side's.
+        if saved.get("shapes") != _shapes(layout) or saved["flat"].shape != (layout.size,):
             raise StateError(
-                f"curvature state of block {name} has {saved['flat'].numel()} numbers, this "
-                f"config needs {layout.size}: use the rank and kind that it was saved with"
+                f"curvature state of block {name} has {saved['flat'].numel()} numbers for "
+                f"{saved.get('shapes')}, this config needs {layout.size} for {_shapes(layout)}: "
+                "use the kind, rank and tails that it was saved with"
             )
         flat = saved["flat"].to(torch.float32).to(pipeline.device).clone()
+        if not bool(torch.isfinite(flat).all()):
+            raise StateError(f"curvature state of block {name} is not finite: the file is damaged")
         restored.append(
             Install(
                 block,

@@ -26,6 +26,8 @@ from distcurv.wire.link import Link
 
 log = logging.getLogger("distcurv.train")
 
+MESSAGE_BYTES = 256 << 20  # a window that is larger travels in several messages
+
 
 @dataclass(frozen=True)
 class OwnerLinks:
@@ -128,8 +130,22 @@ class Lanes:
                 continue
             blocks = [b for b in lane.blocks if only is None or b in only]
             for span, group in self.backlog.sendable(blocks).items():
-                self._send(courier, span, group)
+                for part in self._messages(group):
+                    self._send(courier, span, part)
         self.backlog.compact()
+
+    def _messages(self, blocks: list[int]) -> list[list[int]]:
+        """The blocks in order, cut where a message would pass `MESSAGE_BYTES`."""
+        messages: list[list[int]] = [[]]
+        held = 0
+        for block in blocks:
+            nbytes = 4 * self._table.statistic_layouts[block].size
+            if messages[-1] and held + nbytes > MESSAGE_BYTES:
+                messages.append([])
+                held = 0
+            messages[-1].append(block)
+            held += nbytes
+        return messages
 
     def _send(self, courier: Courier, span: Span, blocks: list[int]) -> None:
         basis, payload = self.backlog.first(blocks)
@@ -174,7 +190,10 @@ class Lanes:
             self._inline_started = True
             self.inline.start()
         if not self.inline.up:
-            self._wait(lambda: self.inline.up, lambda: "the in-process service to start")
+            self._wait(
+                lambda: self.inline.up,
+                lambda: f"the in-process service to start ({self.inline.last_error})",
+            )
         return self.inline
 
     def _warn_unreachable(self, lane: Lane) -> None:

@@ -85,7 +85,7 @@ class Pipeline:
         names = [spec.name for spec in self.table.specs]
         self.emit = emit = NamedEvents(event_sink(self.group.rank), names)
         self._replay = Replay(replay, len(self.table)) if replay is not None else None
-        self.step_count = 0
+        self.step_count = self._begun = 0
         self.install_log = InstallLog()
         self.staleness_watch = StalenessWatch(config, emit)
         self.depot = Depot(emit)
@@ -153,7 +153,7 @@ class Pipeline:
             raise StateError("Pipeline.step was called after close()")
         if not self._accord.settled():
             return []
-        step = self.step_count
+        step = self._begun = self.step_count
         plan = self.timetable.plan(step)
         try:
             if plan.together and not self._accord.meet(step, self._print.now(grads)):
@@ -257,8 +257,8 @@ class Pipeline:
     # -- staleness ------------------------------------------------------------------------
 
     def staleness(self, block: int) -> int:
-        """Steps since the one that the installed version is based on."""
-        return staleness(self.installed[block], self.step_count)
+        """Steps from the one that the installed version is based on to the one begun last."""
+        return staleness(self.installed[block], self._begun)
 
     def too_stale(self, block: int) -> bool:
         """Whether a block's staleness has passed its bound (the same on all ranks)."""
@@ -295,6 +295,6 @@ class Pipeline:
         self._switch.abandon()
         self._give_up(self.window.restart(step), "state_dict loaded")
         self.lanes.reseed()
-        self.step_count = step
+        self.step_count, self._begun = step, max(0, step - 1)
         self.installed = list(installed)
         self._window_basis = list(installed)

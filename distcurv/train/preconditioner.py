@@ -57,7 +57,7 @@ class Preconditioner:
         replay: Sequence[Sequence[int]] | None = None,
     ) -> None:
         self.config = config if config is not None else KfacConfig()
-        self.damping = self.config.damping
+        self._damping = self.config.damping
         self.lr = self.config.lr
         self._layers, self.uncovered = find_layer_blocks(model, self.config.ignore_modules)  # type: ignore[arg-type]
         if not self._layers:
@@ -121,6 +121,25 @@ class Preconditioner:
             config.damping_form == "relative",
         )
 
+    @property
+    def damping(self) -> float:
+        """The damping of the next `step`; may be set between two steps, for a schedule.
+
+        Setting it raises `ConfigError` for the kind ``dense``, whose damping is part of what is
+        published, and for a number that is not > 0."""
+        return self._damping
+
+    @damping.setter
+    def damping(self, damping: float) -> None:
+        if self.config.kind == "dense":
+            raise ConfigError(
+                "the damping of kind 'dense' is fixed when the preconditioner is made: set "
+                "KfacConfig.damping, or use kind='lowrank'"
+            )
+        if not 0 < damping < float("inf"):
+            raise ConfigError(f"damping is {damping}: give a number > 0")
+        self._damping = damping
+
     # -- the step -------------------------------------------------------------------------
 
     def sample(
@@ -141,6 +160,12 @@ class Preconditioner:
         Args:
             lr: learning rate for ``kl_clip``; None uses the ``lr`` attribute.
         """
+        lr = self.lr if lr is None else lr
+        if lr is None and self.config.kl_clip is not None:
+            raise ConfigError(
+                "KfacConfig.kl_clip needs a learning rate: set KfacConfig.lr, the lr "
+                "attribute, or call step(lr=...)"
+            )
         self._source.finish()
         grads = [
             found.layer.gradient(found.module, bias)
@@ -148,7 +173,7 @@ class Preconditioner:
         ]
         for install in self._pipeline.step([grad for grad in grads if grad is not None]):
             self._inverses.pop(install.block, None)
-        self._apply(grads, self.lr if lr is None else lr)
+        self._apply(grads, lr)
         self._source.arm_if_due()
 
     def _apply(self, grads: list[Tensor | None], lr: float | None) -> None:
@@ -166,12 +191,7 @@ class Preconditioner:
             blocks.append(block)
             before.append(wide)
             directions.append(direction)
-        if self.config.kl_clip is not None and blocks:
-            if lr is None:
-                raise ConfigError(
-                    "KfacConfig.kl_clip needs a learning rate: set KfacConfig.lr, the lr "
-                    "attribute, or call step(lr=...)"
-                )
+        if self.config.kl_clip is not None and lr is not None and blocks:
             scale = kl_clip_scale(before, directions, self.config.kl_clip, lr)
             torch._foreach_mul_(directions, scale)
         for block, direction in zip(blocks, directions, strict=True):
@@ -219,8 +239,10 @@ class Preconditioner:
         return [found.name for found in self._layers]
 
     def metrics(self) -> dict[str, float | int]:
-        """Counters of this rank; see `distcurv.train.metrics.collect`."""
-        return metrics.collect(self._pipeline)
+        """Counters of this rank, see `distcurv.train.metrics.collect`; and
+        ``statistics_nonfinite``, the captured calls that were not finite and count as zeros."""
+        nonfinite = self._source.capture.nonfinite
+        return metrics.collect(self._pipeline) | {"statistics_nonfinite": nonfinite}
 
     def close(self) -> None:
         """End threads, links and hooks; local and idempotent."""

@@ -31,7 +31,10 @@ STEPS = 20
 
 def soap(params: Any, **settings: Any) -> LowRankSOAP:
     """Full rank and delay 0 unless said otherwise."""
-    return LowRankSOAP(params, **({"lr": 0.02, "rank": 64, "factor_decay": 0.95, "workers": "inline"} | EARLY | settings))
+    return LowRankSOAP(
+        params,
+        **({"lr": 0.02, "rank": 64, "factor_decay": 0.95, "workers": "inline"} | EARLY | settings),
+    )
 
 
 def feed(optimizer: LowRankSOAP, param: Tensor, grads: list[Tensor]) -> None:
@@ -62,9 +65,7 @@ def moved_error(param: Tensor, oracle: DenseSoap, start: Tensor) -> float:
 
 @pytest.mark.parametrize("settings", [EARLY, NO_DELAY], ids=["early", "delay 0"])
 @pytest.mark.parametrize("shape", [(5, 5), (8, 8)])
-def test_full_rank_without_delay_is_soap(
-    shape: tuple[int, int], settings: dict[str, Any]
-) -> None:
+def test_full_rank_without_delay_is_soap(shape: tuple[int, int], settings: dict[str, Any]) -> None:
     param = nn.Parameter(torch.randn(shape))
     start = param.detach().clone()
     oracle = DenseSoap(start, lr=0.02)
@@ -133,11 +134,10 @@ def test_a_network_follows_the_oracle() -> None:
     twin.load_state_dict(model.state_dict())
     start = {name: p.detach().clone() for name, p in model.named_parameters()}
     x, y = torch.randn(64, 5), torch.randn(64, 5)
-    matrices = {n: DenseSoap(p, lr=0.01, eps=1e-3) for n, p in twin.named_parameters() if p.dim() == 2}
+    named = dict(twin.named_parameters())
+    matrices = {n: DenseSoap(p, lr=0.01, eps=1e-3) for n, p in named.items() if p.dim() == 2}
     options: dict[str, Any] = {"betas": (0.9, 0.95), "eps": 1e-3, "weight_decay": 0.0}
-    vectors = torch.optim.AdamW(
-        [p for p in twin.parameters() if p.dim() == 1], lr=0.01, **options
-    )
+    vectors = torch.optim.AdamW([p for p in twin.parameters() if p.dim() == 1], lr=0.01, **options)
     with soap(model, lr=0.01, eps=1e-3) as optimizer:
         for _ in range(STEPS):
             optimizer.zero_grad()
@@ -152,7 +152,7 @@ def test_a_network_follows_the_oracle() -> None:
                     matrices[name].step(param.grad)
                     param.data.copy_(matrices[name].weight)
     for name, param in model.named_parameters():
-        expected = dict(twin.named_parameters())[name].detach()
+        expected = named[name].detach()
         moved = (expected - start[name].double()).norm()
         assert (param.detach().double() - expected).norm() / moved < 5e-3, name
 
@@ -522,7 +522,7 @@ def test_foreign_states_are_refused() -> None:
             optimizer.load_state_dict(other.state_dict())
         with (
             soap(small_model(), **(LOW | {"rank": 3})) as other,
-            pytest.raises(StateError, match="use the rank and kind that it was saved with"),
+            pytest.raises(StateError, match="use the kind, rank and tails that it was saved with"),
         ):
             optimizer.load_state_dict(other.state_dict())
 

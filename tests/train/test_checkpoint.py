@@ -13,7 +13,7 @@ import torch
 from train_rig import DEADLINE, block_spec
 
 from distcurv.config import ServiceConfig
-from distcurv.curvature.spec import BlockSpec
+from distcurv.curvature.spec import BlockSpec, SideSpec
 from distcurv.curvature.statistics import encode_gradient
 from distcurv.errors import StateError
 from distcurv.train import checkpoint
@@ -193,4 +193,34 @@ def test_blocks_in_another_order() -> None:
 
 def test_another_rank_names_block_and_sizes() -> None:
     others = [block_spec("a"), block_spec("b", (5, 7), rank=3)]
-    refused(saved(), r"state of block b has \d+ numbers, this config needs \d+: use the rank", others)
+    refused(
+        saved(), r"state of block b has \d+ numbers .* needs \d+ .*: use the kind, rank", others
+    )
+
+
+def test_tails_on_the_other_sides_although_sizes_are_equal() -> None:
+    def tails(*names: str) -> list[BlockSpec]:
+        sides = tuple(SideSpec(5, 2, tail) for tail in names)
+        return [BlockSpec("a", "lowrank", sides, 0.9)]
+
+    with pipeline(tails("isotropic", "diagonal"), **DETERMINISTIC) as made:
+        state = checkpoint.save(made)
+        size = made.table.published_layouts[0].size
+    others = tails("diagonal", "isotropic")
+    with pipeline(others, **DETERMINISTIC) as made:
+        assert made.table.published_layouts[0].size == size
+        with pytest.raises(StateError, match="use the kind, rank and tails"):
+            checkpoint.load(made, state)
+
+
+@pytest.mark.parametrize("poison", [float("nan"), float("inf")])
+def test_numbers_that_are_not_finite(poison: float) -> None:
+    state = saved()
+    state["blocks"]["b"]["flat"][3] = poison
+    refused(state, "state of block b is not finite")
+
+
+def test_a_truncated_block() -> None:
+    state = saved()
+    state["blocks"]["b"]["flat"] = state["blocks"]["b"]["flat"][:-1]
+    refused(state, "state of block b has")

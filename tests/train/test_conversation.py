@@ -419,7 +419,7 @@ def test_a_heartbeat_leaves_once_per_period() -> None:
 def test_silence_ends_the_session() -> None:
     talk = Talk()
     talk.pump(after=4.9)
-    with pytest.raises(SessionLost, match="nothing heard for 5 s$"):
+    with pytest.raises(SessionLost, match=r"nothing heard for 5 s$"):
         talk.pump(after=0.2)
 
 

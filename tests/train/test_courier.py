@@ -42,9 +42,7 @@ class Rig:
         return self.links[-1]
 
     def start(self, *, link_timeout: float = 30.0) -> Courier:
-        job = job_info(
-            self.table, heartbeat=0.05, link_timeout=link_timeout, emit=self.events
-        )
+        job = job_info(self.table, heartbeat=0.05, link_timeout=link_timeout, emit=self.events)
         self.courier = Courier(
             lambda: self.connect(), job, self.depot, "worker", self.events, "worker under test"
         )
@@ -81,9 +79,11 @@ def test_statistics_become_versions(rig: Rig) -> None:
     (sent,) = rig.events.of("statistic_sent")
     assert (sent["seq"], sent["since"], sent["through"], sent["blocks"]) == (0, 0, 4, [0, 1])
     assert rig.depot.counts.sent == 1
-    assert rig.depot.counts.bytes_out == sent["bytes"] == 4 * outgoing(
-        rig.table, [0, 1]
-    ).payload.numel()
+    assert (
+        rig.depot.counts.bytes_out
+        == sent["bytes"]
+        == 4 * outgoing(rig.table, [0, 1]).payload.numel()
+    )
     assert rig.depot.counts.folded == 4
 
 

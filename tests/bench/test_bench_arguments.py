@@ -1,0 +1,125 @@
+"""``distcurv bench``: a bad value gets one clear line and exit code 2 before work begins."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from distcurv import cli
+from distcurv.bench.command import BENCHMARKS
+
+
+def code_of(arguments: list[str]) -> int:
+    try:
+        return cli.main(["bench", *arguments])
+    except SystemExit as exit_:
+        assert isinstance(exit_.code, int)
+        return exit_.code
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ([], ["BENCHMARK"]),
+        (["speed"], ["speed", "step", "wire"]),
+        (["bytes", "--model", "gpt"], ["--model", "gpt", "bert-large"]),
+        (["bytes", "--shapes", "10x0"], ["--shapes", "10x0"]),
+        (["bytes", "--rank", "0"], ["--rank", "0", "at least 1"]),
+        (["bytes", "--rule", "adam"], ["--rule", "adam", "kfac"]),
+        (["refresh", "--dims", "64,4"], ["--dims", "4", "at least 8"]),
+        (["refresh", "--dims", "64,64"], ["--dims", "twice"]),
+        (["refresh", "--ranks", "a"], ["--ranks", "'a'"]),
+        (["refresh", "--device", "tpu"], ["--device", "tpu", "cuda"]),
+        (["refresh", "--repetitions", "0"], ["--repetitions", "at least 1"]),
+        (["step", "--model", "mlp"], ["--model", "mlp", "convnet"]),
+        (["step", "--methods", "sgd,lion"], ["--methods", "lion", "asdl-kfac"]),
+        (["step", "--worker", "remote"], ["--worker", "remote", "idle"]),
+        (["step", "--steps", "15"], ["--steps", "15", "multiple"]),
+        (["step", "--interval", "1"], ["--interval", "at least 4"]),
+        (["step", "--capture-interval", "11"], ["--capture-interval", "11", "at most"]),
+        (["step", "--device", "gpu"], ["--device", "gpu"]),
+        (["staleness", "--task", "mnist"], ["--task", "mnist", "charlm"]),
+        (["staleness", "--delays", "0,-5"], ["--delays", "-5"]),
+        (["staleness", "--lr", "0"], ["--lr", "> 0"]),
+        (["staleness", "--lr", "nan"], ["--lr", "> 0"]),
+        (["staleness", "--seeds", "0"], ["--seeds", "at least 1"]),
+        (["wire", "--links", "udp"], ["--links", "udp", "memory"]),
+        (["wire", "--kilobytes", "0"], ["--kilobytes", "at least 1"]),
+        (["wire", "--speed", "9"], ["--speed"]),
+    ],
+)
+def test_bad_value_gets_one_line_and_code_2(
+    arguments: list[str],
+    words: list[str],
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert code_of(arguments) == 2
+    captured = capsys.readouterr()
+    (line,) = captured.err.strip().splitlines()
+    assert all(word in line for word in words), line
+    assert captured.out == ""
+
+
+def test_a_folder_that_cannot_be_made_is_named(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    (tmp_path / "file").write_text("x")
+    assert code_of(["bytes", "--out", str(tmp_path / "file" / "below")]) == 2
+    assert "--out" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("method", "module", "package"),
+    [
+        ("soap", "pytorch_optimizer", "pytorch-optimizer"),
+        ("shampoo", "pytorch_optimizer", "pytorch-optimizer"),
+        ("asdl-kfac", "asdl", "asdfghjkl"),
+    ],
+)
+def test_a_missing_peer_gets_one_line(
+    method: str,
+    module: str,
+    package: str,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+) -> None:
+    found = importlib.util.find_spec
+
+    def find_spec(name: str, *rest: Any) -> Any:
+        return None if name == module else found(name, *rest)
+
+    monkeypatch.setattr(importlib.util, "find_spec", find_spec)
+    monkeypatch.chdir(tmp_path)
+    assert code_of(["step", "--methods", method]) == 2
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert method in line and package in line and "distcurv[bench]" in line
+
+
+def test_missing_rich_is_named(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: None)
+    assert code_of(["bytes"]) == 2
+    assert "rich" in capsys.readouterr().err
+
+
+def test_help_names_every_benchmark(capsys: pytest.CaptureFixture[str]) -> None:
+    assert code_of(["--help"]) == 0
+    text = capsys.readouterr().out
+    assert all(name in text for name in BENCHMARKS)
+    for name in BENCHMARKS:
+        assert code_of([name, "--help"]) == 0
+        assert f"runs/bench-{name}" in capsys.readouterr().out
+
+
+def test_muon_refuses_convolutions(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    arguments = ["step", "--model", "convnet", "--methods", "muon", "--out", str(tmp_path)]
+    assert code_of(arguments) == 2
+    assert "convolutions" in capsys.readouterr().err.strip().splitlines()[-1]
