@@ -97,10 +97,14 @@ def encode_rows(
                 f"encode_rows got a product of shape {tuple(product_Nr.shape)}: it must be "
                 f"[..., {rows_Nd.shape[-2]}, {side.rank}]"
             )
-        diag_d = (weighted_Nd * rows_Nd).sum(-2)
-        statistic = {"Y": weighted_Nd.mT @ product_Nr.to(rows_Nd.dtype), "trace": diag_d.sum(-1)}
+        statistic = {"Y": weighted_Nd.mT @ product_Nr.to(rows_Nd.dtype)}
         if side.tail == "diagonal":
-            statistic["diag"] = diag_d
+            statistic["diag"] = (weighted_Nd * rows_Nd).sum(-2)
+            statistic["trace"] = statistic["diag"].sum(-1)
+        else:
+            # One pass and no temporary of the rows' size.
+            squares_N = torch.linalg.vector_norm(rows_Nd, dim=-1).square_()
+            statistic["trace"] = (squares_N if weights_N is None else squares_N * weights_N).sum(-1)
         return statistic
 
 
@@ -177,6 +181,9 @@ def guard_finite(statistic: Tensors) -> Tensors:
     lead = {name: _lead_dims(name, tensor) for name, tensor in statistic.items()}
     good: Tensor | None = None
     for name, tensor in statistic.items():
+        prefix, _, own = name.rpartition(".")
+        if own in ("Y", "diag") and f"{prefix}.trace".lstrip(".") in statistic:
+            continue  # |Y| and diag are at most the trace: the columns of Q have length 1
         finite = torch.isfinite(tensor).reshape(*tensor.shape[: lead[name]], -1).all(-1)
         good = finite if good is None else good & finite
     if good is None:
@@ -184,7 +191,7 @@ def guard_finite(statistic: Tensors) -> Tensors:
     guarded: Tensors = {}
     for name, tensor in statistic.items():
         keep = good.view(good.shape + (1,) * (tensor.dim() - lead[name]))
-        guarded[name] = torch.where(keep, tensor, torch.zeros_like(tensor))
+        guarded[name] = torch.where(keep, tensor, 0.0)
     return guarded
 
 

@@ -8,8 +8,11 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
+from distcurv.config import MAX_DELAY_WINDOWS, SoapConfig
 from distcurv.demo.tasks import TASKS, Task
 from distcurv.errors import ConfigError
+
+_LARGEST_SEED = 2**31 - 1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,10 +47,17 @@ class DemoSettings:
         _at_least("--workers", self.workers, 0)
         _at_least("--rank", self.rank, 1)
         _at_least("--seed", self.seed, 0)
+        _at_most("--seed", self.seed, _LARGEST_SEED)
         if self.steps is not None:
             _at_least("--steps", self.steps, 1)
         if self.install_delay is not None:
             _at_least("--install-delay", self.install_delay, 0)
+            # The demo keeps the interval's default.
+            _at_most(
+                "--install-delay",
+                self.install_delay,
+                MAX_DELAY_WINDOWS * SoapConfig().preconditioner_upd_interval,
+            )
         batch = TASKS[self.task].global_batch
         if self.ranks > batch:
             raise ConfigError(
@@ -89,6 +99,11 @@ def output_directory(name: str) -> Path:
     if not os.access(path, os.W_OK | os.X_OK):
         raise ConfigError(f"--out is {name!r}: it cannot be written; give another directory")
     return path
+
+
+def _at_most(option: str, value: int, high: int) -> None:
+    if value > high:
+        raise ConfigError(f"{option} is {value}: give a whole number of at most {high}")
 
 
 def _at_least(option: str, value: int, low: int) -> None:

@@ -6,6 +6,7 @@ import argparse
 import logging
 import os
 
+from distcurv.errors import ConfigError
 from distcurv.launcher import lifeline
 from distcurv.launcher.arguments import count_from, device
 
@@ -39,6 +40,12 @@ def run(args: argparse.Namespace) -> int:
         # Before torch is imported, which takes seconds in which the launcher may die.
         lifeline.die_with_parent()
         lifeline.hold(args.lifeline_fd, lambda: os._exit(_LAUNCHER_LOST))
+    if args.ready_file is not None:
+        folder = os.path.dirname(args.ready_file) or "."
+        if not os.path.isdir(folder) or not os.access(folder, os.W_OK | os.X_OK):
+            raise ConfigError(
+                f"--ready-file {args.ready_file}: {folder} is no directory that can be written"
+            )
     from distcurv.observe.events import from_environment
     from distcurv.worker.main import serve
 

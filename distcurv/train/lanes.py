@@ -78,6 +78,7 @@ class Lanes:
         self._fallback = inline_fallback
         self._links = links
         self._warned = False
+        self._pid = os.getpid()
         self.blocks = table.owned_by(rank)
         self.backlog = Backlog(table, self.blocks, depot)
 
@@ -241,6 +242,8 @@ class Lanes:
 
     def close(self, timeout: float) -> None:
         """Say goodbye and end the threads; what waits is counted as dropped."""
+        if os.getpid() != self._pid:
+            return  # a forked child: the threads, the links and the workers are its parent's
         couriers = [lane.remote for lane in self.lanes if lane.remote is not None]
         couriers += [self.inline] if self._inline_started else []
         for courier in couriers:

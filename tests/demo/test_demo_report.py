@@ -19,6 +19,7 @@ from distcurv.errors import StateError
 STEPS = 105
 SETTINGS = DemoSettings(steps=STEPS, ranks=2, workers=1)
 COUNTS = {
+    "versions_installed": 3,
     "max_staleness": 41,
     "versions_from_workers": 3,
     "statistics_observed": 100,
@@ -52,7 +53,8 @@ def results() -> list[dict[str, Any]]:
             "step_ms": [float(n + 1) for n in range(STEPS)],
             "final_loss": 30.0,
             "checksum": "bb",
-            "install_log": [[0, 0, 1, 0, 0], [0, 1, 1, 0, 0], [20, 0, 2, 1, 18]],
+            # Version 2 of block 0 was passed over by version 3: three installs, four rows.
+            "install_log": [[0, 0, 1, 0, 0], [0, 1, 1, 0, 0], [20, 0, 2, 1, 8], [20, 0, 3, 9, 18]],
             "metrics": dict(COUNTS),
         }
         methods = {"baseline": baseline, "distcurv": ours}

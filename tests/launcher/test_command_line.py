@@ -44,6 +44,7 @@ def parts_of(*words: str) -> Split:
         (["worker", "--frobnicate"], "--frobnicate"),
         (["worker", "--bind", "tcp://0.0.0.0:5555"], "0.0.0.0"),
         (["worker", "--bind", "nonsense"], "nonsense"),
+        (["worker", "--ready-file", "/no-such-folder/ready"], "/no-such-folder"),
     ],
 )
 def test_a_bad_value_is_one_line_and_code_2(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Callable, Iterator
 
@@ -19,10 +20,11 @@ from train_rig import (
 
 from distcurv.config import ServiceConfig
 from distcurv.errors import StateError
+from distcurv.train import lanes as lanes_module
 from distcurv.train.backlog import Span
 from distcurv.train.lanes import Lanes, OwnerLinks
 from distcurv.wire import Link
-from distcurv.wire.messages import Message, Seed, Statistics
+from distcurv.wire.messages import Error, Message, Seed, Statistics
 
 
 class Rig:
@@ -338,3 +340,55 @@ def test_closing_counts_what_a_hanging_link_holds(rig: Rig) -> None:
     rig.lanes.close(0.05)
     assert rig.depot.in_flight_steps() == 0
     assert rig.balanced()
+
+
+def test_a_window_too_large_for_one_message_travels_in_several(
+    rig: Rig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rig.make(1)
+    rig.up()
+    block = 4 * rig.table.statistic_layouts[0].size
+    monkeypatch.setattr(lanes_module, "MESSAGE_BYTES", 3 * block)
+    rig.post()
+    rig.post()
+    sent = rig.remote_links[0][0].sent_of(Statistics)
+    assert [message.blocks for message in sent] == [[0, 1, 2], [3]] * 2
+    assert [message.seq for message in sent] == [0, 1, 2, 3]
+    assert max(4 * message.payload.numel() for message in sent) <= 3 * block
+    assert rig.newest() == [(2, "worker")] * 4
+    assert rig.balanced()
+
+
+def test_a_block_larger_than_the_limit_goes_alone(
+    rig: Rig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rig.make(1)
+    rig.up()
+    monkeypatch.setattr(lanes_module, "MESSAGE_BYTES", 1)
+    rig.post()
+    sent = rig.remote_links[0][0].sent_of(Statistics)
+    assert [message.blocks for message in sent] == [[0], [1], [2], [3]]
+
+
+def test_an_in_process_service_that_refuses_is_named_with_its_reason(rig: Rig) -> None:
+    class Refusing:
+        def __call__(self, message: Message) -> list[Message | Exception]:
+            return [Error(b"", "too_large", "no room for so many", [], 0)]
+
+    rig.make(0, wait_timeout=0.5)
+    rig.inline_worker = Refusing()  # type: ignore[assignment]
+    with pytest.raises(StateError, match=r"in-process service to start.*no room for so many"):
+        rig.post()
+
+
+def test_a_forked_child_leaves_links_and_workers_to_its_parent(rig: Rig) -> None:
+    lanes = rig.make(1)
+    rig.up()
+    child = os.fork()
+    if child == 0:
+        lanes.close(DEADLINE)
+        os._exit(rig.closed)  # how often the workers were ended
+    _, status = os.waitpid(child, 0)
+    assert os.waitstatus_to_exitcode(status) == 0
+    rig.post()
+    assert rig.newest() == [(1, "worker")] * 4
