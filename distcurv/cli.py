@@ -40,10 +40,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     words = list(sys.argv[1:] if argv is None else argv)
     name = _parse_command(words[:1])
     module_name, purpose = COMMANDS[name]
-    module = importlib.import_module(module_name)
     parser = OneLineParser(prog=f"distcurv {name}", description=purpose, allow_abbrev=False)
-    module.add_arguments(parser)
     try:
+        # Within: loading torch takes seconds, in which Ctrl-C may come as well.
+        module = importlib.import_module(module_name)
+        module.add_arguments(parser)
         if name == "run":  # what follows the script belongs to the script, whatever it looks like
             ours, passed_on = module.split(words[1:])
             args = parser.parse_args(ours)

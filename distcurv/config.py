@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from distcurv.errors import ConfigError
 
 STALENESS_POLICIES = ("keep", "fallback")
+MAX_HEARTBEAT = 5.0  # seconds; a service ends a session after 10 s of silence
 MAX_DELAY_WINDOWS = 12  # windows between a statistic and its install; a service holds 16 bases
 
 
@@ -52,7 +53,8 @@ class ServiceConfig:
             leaves the block to the base optimizer (`Preconditioner`) or refreshes it in
             process (`LowRankSOAP`).
         max_owners: at most so many ranks talk to workers.
-        link_timeout: seconds of silence after which a session counts as lost.
+        link_timeout: seconds of silence after which a session counts as lost; workers give a
+            sign of life every second, so keep it well above that.
         heartbeat: seconds between two signs of life.
         wait_timeout: seconds that the modes which may wait (deterministic, in-process) wait
             for a version before they raise.
@@ -129,6 +131,12 @@ class ServiceConfig:
             self,
             "heartbeat",
             f"give less than link_timeout ({self.link_timeout})",
+        )
+        require(
+            self.heartbeat <= MAX_HEARTBEAT,
+            self,
+            "heartbeat",
+            f"give at most {MAX_HEARTBEAT:g} s: services end a session after 10 s of silence",
         )
         require(_is_int(self.seed), self, "seed", "give an integer")
 

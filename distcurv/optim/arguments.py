@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from distcurv.errors import ConfigError
+from distcurv.errors import ConfigError, StateError
 
 
 def check_options(
@@ -53,3 +53,13 @@ def refuse_sparse(named: Iterable[tuple[str, Tensor]]) -> None:
     for name, param in named:
         if param.grad is not None and param.grad.layout is not torch.strided:
             raise ConfigError(f"parameter {name} has a sparse gradient: use sparse=False")
+
+
+def check_groups(own: Sequence[Mapping[str, Any]], saved: Sequence[Mapping[str, Any]]) -> None:
+    """Raise `StateError` unless a state_dict's param groups have the sizes of the optimizer's."""
+    sizes, wanted = ([len(group["params"]) for group in groups] for groups in (saved, own))
+    if sizes != wanted:
+        raise StateError(
+            f"this state_dict has param groups of {sizes} parameters, the optimizer of {wanted}: "
+            "load it into an optimizer that was made alike"
+        )

@@ -19,7 +19,7 @@ from distcurv.curvature.four_block import FourBlockState, advance, init_state
 from distcurv.curvature.four_block_turn import turn
 from distcurv.curvature.statistics import encode_gradient
 from distcurv.errors import ConfigError, StateError
-from distcurv.optim.arguments import check_options, common_device, named_params, refuse_sparse
+from distcurv.optim import arguments
 from distcurv.optim.matrices import find_matrices, matrix_spec
 from distcurv.train import checkpoint, metrics
 from distcurv.train.activations import ActivationSource
@@ -38,7 +38,7 @@ class LowRankSOAP(torch.optim.Optimizer):
     Args:
         params: a model, or what `torch.optim.Optimizer` takes.  A model gives the blocks their
             names and is needed for ``source="activations"``.
-        lr: learning rate; about twice AdamW's best.
+        lr: learning rate; one to four times AdamW's best in the two demo tasks.
         betas: decay of momentum and second moments.
         eps: added to the roots of the moments.
         weight_decay: decoupled weight decay.
@@ -81,13 +81,13 @@ class LowRankSOAP(torch.optim.Optimizer):
             given, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
         )
         for group in self.param_groups:
-            check_options(group["lr"], group["betas"], group["eps"], group["weight_decay"])
-        self._named = named = named_params(self.param_groups)
+            arguments.check_options(*(group[k] for k in ("lr", "betas", "eps", "weight_decay")))
+        self._named = named = arguments.named_params(self.param_groups)
         self._matrices = find_matrices(named)
         self._pipeline = Pipeline(
             [matrix_spec(matrix, self.config) for matrix in self._matrices],
             self.config,
-            device=common_device([p for _, p in named]),
+            device=arguments.common_device([p for _, p in named]),
             replicated=source == "gradient",
             workers=workers,
             inline_fallback=True,
@@ -113,7 +113,7 @@ class LowRankSOAP(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         pipeline = self._open_pipeline()
-        refuse_sparse(self._named)
+        arguments.refuse_sparse(self._named)
         grads = [m.param.grad for m in self._matrices if m.param.grad is not None]
         if pipeline.capture_due:
             self._add_statistics(pipeline)
@@ -237,6 +237,8 @@ class LowRankSOAP(torch.optim.Optimizer):
         if "curvature" not in state_dict:
             raise StateError("this state_dict has no 'curvature' entry: it is not of a LowRankSOAP")
         plain = {key: value for key, value in state_dict.items() if key != "curvature"}
+        checkpoint.read(self._open_pipeline(), state_dict["curvature"])
+        arguments.check_groups(self.param_groups, plain["param_groups"])
         checkpoint.load(self._open_pipeline(), state_dict["curvature"])
         super().load_state_dict(plain)
         # The base class casts state to the parameter's dtype; the moments must stay float32.
@@ -251,7 +253,7 @@ class LowRankSOAP(torch.optim.Optimizer):
             self._source.arm_if_due()  # against the restored bases
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """As `torch.optim.Optimizer`, before construction ends; later ranks would disagree."""
+        """For the constructor alone: raises `StateError` afterwards, see there why."""
         if getattr(self, "_pipeline", None) is not None:
             raise StateError(
                 "LowRankSOAP cannot take a param group later: the block table is fixed when the "

@@ -39,7 +39,7 @@ def save(pipeline: Pipeline) -> dict[str, Any]:
         "step": pipeline.step_count,
         "table": pipeline.table.digest_number,
         "blocks": blocks,
-        "install_log": [list(record) for record in pipeline.install_log.records()],
+        "install_log": pipeline.install_log.tensor(),
     }
 
 
@@ -47,11 +47,10 @@ def _shapes(layout: Layout) -> dict[str, list[int]]:
     return {name: list(shape) for name, shape in layout.shapes.items()}
 
 
-def load(pipeline: Pipeline, state: Mapping[str, Any]) -> list[Install]:
-    """Continue from a state_dict; must be called on all ranks at the same step.
+def read(pipeline: Pipeline, state: Mapping[str, Any]) -> list[Install]:
+    """The installs of a state_dict, checked; nothing is changed.
 
-    Returns the restored installs (those of version 0 too).  Raises `StateError` when the
-    state is of another format, of other blocks, or not finite; then nothing has changed."""
+    Raises `StateError` when the state is of another format, of other blocks, or not finite."""
     if state.get("format") != FORMAT:
         raise StateError(
             f"curvature state has format {state.get('format')!r}, this version reads {FORMAT}"
@@ -89,8 +88,17 @@ def load(pipeline: Pipeline, state: Mapping[str, Any]) -> list[Install]:
                 layout.views(flat),
             )
         )
+    return restored
+
+
+def load(pipeline: Pipeline, state: Mapping[str, Any]) -> list[Install]:
+    """Continue from a state_dict; must be called on all ranks at the same step.
+
+    Returns the restored installs (those of version 0 too).  Raises `StateError` as `read` does;
+    then nothing has changed."""
+    restored = read(pipeline, state)
     pipeline.restore(int(state["step"]), restored)
-    pipeline.install_log.replace(state["install_log"])
+    pipeline.install_log.replace(state["install_log"].tolist())
     for install in restored:
         pipeline.depot.reset(
             install.block,

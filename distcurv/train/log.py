@@ -11,6 +11,9 @@ from array import array
 from collections.abc import Iterable
 from typing import NamedTuple
 
+import torch
+from torch import Tensor
+
 from distcurv.errors import StateError
 
 
@@ -50,6 +53,10 @@ class InstallLog:
         width = len(Record._fields)
         numbers = self._numbers
         return [Record(*numbers[i : i + width]) for i in range(0, len(numbers), width)]
+
+    def tensor(self) -> Tensor:
+        """All installs as int64 [n, 5], a copy: for a state_dict, where a long run has millions."""
+        return torch.tensor(self._numbers, dtype=torch.int64).view(-1, len(Record._fields))
 
     def replace(self, records: Iterable[Iterable[int]]) -> None:
         """Take over a log from a state_dict."""

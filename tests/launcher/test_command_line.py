@@ -59,6 +59,17 @@ def test_a_bad_value_is_one_line_and_code_2(
     assert says in err and err.count("\n") == 1 and out == ""
 
 
+def test_ctrl_c_while_a_command_loads(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    def interrupted(name: str) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli.importlib, "import_module", interrupted)
+    assert cli.main(["demo"]) == 130
+    assert capfd.readouterr() == ("", "")
+
+
 @pytest.mark.parametrize("words", [["--help"], ["run", "--help"], ["worker", "--help"]])
 def test_help(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as end:

@@ -96,6 +96,10 @@ def test_the_delay_is_bounded_by_the_bases_that_are_held() -> None:
 def test_heartbeats_must_fit_into_the_time_out() -> None:
     with pytest.raises(ConfigError, match=r"heartbeat is 5.0: give less than link_timeout \(5.0\)"):
         ServiceConfig(heartbeat=5.0, link_timeout=5.0)
+    # Services would take rarer ones for silence, whatever the owner's own time-out is.
+    with pytest.raises(ConfigError, match=r"heartbeat is 5.1: give at most 5 s"):
+        ServiceConfig(heartbeat=5.1, link_timeout=60.0)
+    ServiceConfig(heartbeat=5.0, link_timeout=60.0)
 
 
 def test_two_norm_rules_exclude_each_other() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+import torch
 
 from distcurv.errors import StateError
 from distcurv.train.log import InstallLog, Record, Replay
@@ -82,3 +83,19 @@ def test_a_log_of_another_model_is_refused() -> None:
         Replay(RECORDS, 1)
     with pytest.raises(StateError, match="names block -1"):
         Replay([Record(0, -1, 1, 0, 0)], 1)
+
+
+def test_the_tensor_of_a_state_dict_holds_all_and_is_a_copy() -> None:
+    log = InstallLog()
+    assert log.tensor().shape == (0, 5)
+    records = [Record(3, 0, 1, 0, 2), Record(2**40, 1, 2, 3, 2**40)]
+    for record in records:
+        log.append(record)
+    saved = log.tensor()
+    log.append(Record(9, 0, 3, 3, 8))
+    assert saved.dtype == torch.int64
+    assert [Record(*row) for row in saved.tolist()] == records
+    again = InstallLog()
+    again.replace(saved.tolist())
+    assert again.records() == records
+    assert again.installs == 2

@@ -50,7 +50,7 @@ def test_the_damping_of_a_dense_kind_cannot_be_changed_in_vain() -> None:
 @pytest.mark.parametrize("damping", [0.0, -1.0, float("nan"), float("inf")])
 def test_a_damping_that_cannot_work_is_refused(damping: float) -> None:
     with Preconditioner(nn.Linear(6, 4), KfacConfig(rank=2), workers="inline") as precond:
-        with pytest.raises(ConfigError, match="damping is .*: give a number > 0"):
+        with pytest.raises(ConfigError, match=r"damping is .*: give a number > 0"):
             precond.damping = damping
         assert precond.damping == KfacConfig().damping
 
