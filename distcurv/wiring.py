@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from distcurv.errors import ConfigError, LinkError
+from distcurv.errors import ConfigError, DistcurvError, LinkError, StateError
 from distcurv.observe.events import from_environment
 from distcurv.train.group import RankGroup
 from distcurv.train.lanes import OwnerLinks
@@ -125,12 +125,21 @@ def _spawn_one_per_node(group: RankGroup) -> tuple[list[str], Callable[[], None]
     first = nodes.index(nodes[group.rank])
     note = torch.zeros(_ENDPOINT_BYTES, dtype=torch.uint8)
     end: Callable[[], None] = lambda: None  # noqa: E731
+    failure: DistcurvError | None = None
     if first == group.rank:
         supervisor = Supervisor(workers=1)
-        supervisor.__enter__()
-        end = supervisor.close
-        text = ",".join(supervisor.endpoints).encode()
-        note[: len(text)] = torch.frombuffer(bytearray(text), dtype=torch.uint8)
+        try:
+            supervisor.__enter__()
+        except DistcurvError as error:
+            failure = error  # raised below: the other ranks wait in the collective
+        else:
+            end = supervisor.close
+            text = ",".join(supervisor.endpoints).encode()
+            note[: len(text)] = torch.frombuffer(bytearray(text), dtype=torch.uint8)
     told = group.gather(note)[first]
+    if failure is not None:
+        raise failure
     text = bytes(told.tolist()).rstrip(b"\0")
+    if not text:
+        raise StateError(f"rank {first} could not start this node's worker: see its error")
     return text.decode().split(","), end

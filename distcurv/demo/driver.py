@@ -114,9 +114,10 @@ def _run_processes(
                 code = _watch(job, settings, folder, display, signals)
                 worker_pids = supervisor.pids
             finally:
+                if signals.received:
+                    supervisor.end_timeout = _WORKER_END_AFTER_SIGNAL_S
+                    supervisor.stop()  # before their owners are gone, whose answers they await
                 job.kill()  # after a signal: a rank has nothing to save before its end
-            if signals.received:
-                supervisor.end_timeout = _WORKER_END_AFTER_SIGNAL_S
         return code, worker_pids
 
 

@@ -25,8 +25,10 @@ _OWN_OPTIONS = frozenset({"--workers", "--worker-device", "--worker-threads", "-
 _POLL_S = 0.05
 _WORKER_END_S = 5.0
 # After a signal the workers are told to end so long before the script is killed, and killed
-# themselves so long after it: everything is to be gone soon after --grace.
-_WORKER_END_AFTER_SIGNAL_S = 1.0
+# themselves so long after it: everything is to be gone soon after --grace.  A worker whose owners
+# are gone waits a second for their answers.
+_WORKER_HEAD_START_S = 1.0
+_WORKER_END_AFTER_SIGNAL_S = 2.0
 
 
 def split(argv: Sequence[str]) -> tuple[list[str], Split]:
@@ -117,7 +119,7 @@ def _await(job: Job, signals: SignalBox, grace: float, supervisor: Supervisor) -
         if deadline is None:
             job.send_signal(signals.received[0])
             deadline = now + grace
-        if now > deadline - _WORKER_END_AFTER_SIGNAL_S:
+        if now > deadline - _WORKER_HEAD_START_S:
             supervisor.stop()
         if now > deadline or len(signals.received) > 1:
             return job.kill()

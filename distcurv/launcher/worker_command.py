@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import logging
 import os
+import sys
 
 from distcurv.errors import ConfigError
 from distcurv.launcher import lifeline
@@ -52,7 +53,7 @@ def run(args: argparse.Namespace) -> int:
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
     emit = from_environment(args.name)
     try:
-        return serve(
+        code = serve(
             args.bind,
             ready_file=args.ready_file,
             device=args.device,
@@ -62,3 +63,8 @@ def run(args: argparse.Namespace) -> int:
         )
     finally:
         emit.close()
+    if args.lifeline_fd is not None:
+        # Unloading torch takes a second and more, and the launcher waits for this process.
+        sys.stdout.flush()
+        os._exit(code)
+    return code

@@ -203,7 +203,7 @@ class Courier:
             self._outbox.clear()
             self._link = None
         if conversation is not None and session is not None:
-            self._depot.drop_in_flight(f"session with {self.name} ended", session=session)
+            self._depot.lose_session(session, f"session with {self.name} ended")
         self._depot.notify()
 
     def _send_waiting(self, conversation: Conversation) -> None:

@@ -8,12 +8,15 @@ version number.  Everything else (late answers of a lost session, repeats) is re
 
 from __future__ import annotations
 
+import collections
 import threading
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
 from torch import Tensor
+
+_LOST_KEPT = 32  # more than windows between a statistic and its install
 
 
 @dataclass(frozen=True)
@@ -65,6 +68,7 @@ class Depot:
         self._changed = threading.Condition(threading.RLock())
         self._states: dict[int, list[State]] = {}
         self._in_flight: dict[int, InFlight] = {}
+        self._lost: dict[int, collections.deque[int]] = {}
         self._emit = emit
         self.counts = Counts()
 
@@ -150,6 +154,20 @@ class Depot:
         if lost:
             self._emit("dropped", blocks=sorted(lost), steps=sum(lost.values()), reason=reason)
         return sum(lost.values())
+
+    def lose_session(self, session: bytes, reason: str) -> None:
+        """Drop what is in flight in a session that broke off, and remember which steps it was."""
+        with self._changed:
+            for block, flight in self._in_flight.items():
+                if flight.session == session:
+                    kept = self._lost.setdefault(block, collections.deque(maxlen=_LOST_KEPT))
+                    kept.append(flight.through)
+        self.drop_in_flight(reason, session=session)
+
+    def lost(self, block: int, through: int) -> bool:
+        """Whether a broken session took the statistic through this step along."""
+        with self._changed:
+            return through in self._lost.get(block, ())
 
     def drop(self, blocks: list[int], captures: int, reason: str) -> None:
         """Count statistics as dropped that never left this rank."""

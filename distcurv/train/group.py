@@ -46,6 +46,20 @@ class Spread:
     works: list[dist.Work]
 
 
+# Process groups are dear (threads, sockets), and all pipelines of a process issue their collectives
+# in the same order on all ranks: they share them, by use and backend, as long as the world stands.
+_GROUPS: dict[tuple[str, str], tuple[dist.ProcessGroup, dist.ProcessGroup]] = {}
+
+
+def _shared_group(use: str, backend: str) -> dist.ProcessGroup:
+    world = dist.group.WORLD
+    assert world is not None
+    kept = _GROUPS.get((use, backend))
+    if kept is None or kept[0] is not world:
+        kept = _GROUPS[use, backend] = (world, dist.new_group(backend=backend))
+    return kept[1]
+
+
 class RankGroup:
     """Collectives over the training ranks.
 
@@ -64,10 +78,10 @@ class RankGroup:
         self._tensors: dist.ProcessGroup | None = None
         self._stream_wait = False
         if self.world_size > 1:
-            self._control = dist.new_group(backend="gloo")
             backend = "nccl" if device.type == "cuda" else "gloo"
             self._stream_wait = backend == "nccl"
-            self._tensors = dist.new_group(backend=backend)
+            self._control = _shared_group("control", "gloo")
+            self._tensors = _shared_group("tensors", backend)
 
     def nodes(self) -> list[int]:
         """A number per rank, equal for ranks on the same host (torchrun's node if it says so)."""

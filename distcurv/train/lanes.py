@@ -154,8 +154,12 @@ class Lanes:
         if payload.is_cuda:
             ready = torch.cuda.Event()
             ready.record()
-        if courier.offer(Outgoing(span, blocks, basis, payload, ready)):
-            self.backlog.sent(blocks)
+        out = Outgoing(span, blocks, basis, payload, ready)
+        while not courier.offer(out):
+            if self._config.install_delay is None or courier is self.inline:
+                return
+            self._wait(lambda: courier.up, lambda: f"worker {courier.name} to answer again")
+        self.backlog.sent(blocks)
 
     # -- routes ---------------------------------------------------------------------------
 

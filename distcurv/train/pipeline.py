@@ -224,12 +224,14 @@ class Pipeline:
         if replay is not None:
             self.lanes.settle()
 
-        def resident(block: int) -> list[State]:
+        def resident(block: int) -> list[State] | None:
             states = self.depot.states(block)
             if replay is not None:
                 wanted = replay.version_at(block, self.timetable.install_step(step))
                 return [state for state in states if wanted is not None and state.version <= wanted]
             if plan.based_on is not None:
+                if self.depot.lost(block, plan.based_on):
+                    return None
                 return [state for state in states if state.through <= plan.based_on]
             return states
 
@@ -244,14 +246,12 @@ class Pipeline:
             for version in (*install.passed, own):
                 self.install_log.append(Record(step, install.block, *version))
         if installs:
-            self.emit(
-                "install",
-                step=step,
-                blocks=[i.block for i in installs],
-                versions=[i.version for i in installs],
-                based_on=[i.through for i in installs],
-                route=installs[0].route,
-            )
+            fields = {
+                "blocks": [i.block for i in installs],
+                "versions": [i.version for i in installs],
+                "based_on": [i.through for i in installs],
+            }
+            self.emit("install", step=step, route=installs[0].route, **fields)
         return installs
 
     # -- staleness ------------------------------------------------------------------------

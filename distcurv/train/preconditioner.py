@@ -66,7 +66,7 @@ class Preconditioner:
                 + "; ".join(f"{u.name} ({u.reason})" for u in self.uncovered)
             )
         if self.uncovered:
-            log.info(
+            log.warning(
                 "left to the base optimizer: %s",
                 "; ".join(f"{u.name} ({u.reason})" for u in self.uncovered),
             )
@@ -219,12 +219,13 @@ class Preconditioner:
     # -- state ----------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
-        """Installed versions and counters; local, the same on every rank."""
-        return checkpoint.save(self._pipeline)
+        """Installed versions, damping and learning rate; local, the same on every rank."""
+        return checkpoint.save(self._pipeline) | {"damping": self.damping, "lr": self.lr}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue from a `state_dict`; call it on all ranks at the same step."""
         checkpoint.load(self._pipeline, state)
+        self._damping, self.lr = state["damping"], state["lr"]
         self._inverses.clear()
         self._source.arm_if_due()
 

@@ -16,9 +16,13 @@ from torch import Tensor
 
 from distcurv.curvature.kinds import KINDS
 from distcurv.curvature.spec import Tensors
+from distcurv.errors import StateError
 from distcurv.train.depot import State
 from distcurv.train.group import Poll, RankGroup, Spread
 from distcurv.train.table import BlockTable
+
+# Stands in a poll for a version that was due and will not come; larger than any other number.
+LOST = 2**62
 
 
 @dataclass(frozen=True)
@@ -62,19 +66,22 @@ class Switch:
         self._spread: Spread | None = None
 
     def begin_poll(
-        self, step: int, fingerprint: int, resident: Callable[[int], list[State]]
+        self, step: int, fingerprint: int, resident: Callable[[int], list[State] | None]
     ) -> None:
         """Begin to tell all ranks the newest version of each block.
 
         Args:
             step, fingerprint: compared over the ranks.
             resident: a block's states, oldest first, up to the one to announce; may be empty.
+                None: the version that is due was lost with its worker.
         """
         versions = [-1] * len(self._table)
         self._pinned = {}
         for block in self._table.owned_by(self._group.rank):
             states = resident(block)
-            if states:
+            if states is None:
+                versions[block] = LOST
+            elif states:
                 self._pinned[block] = states
                 versions[block] = states[-1].version
         self._poll = self._group.begin_poll(step, self._table.digest_number, fingerprint, versions)
@@ -82,13 +89,20 @@ class Switch:
     def announce(self, installed: list[Install]) -> None:
         """Finish the poll and begin to broadcast what is newer than ``installed``.
 
-        Raises `MismatchError` on all ranks when they disagree."""
+        Raises `MismatchError` on all ranks when they disagree, `StateError` on all ranks when a
+        version that was due at this very step is lost."""
         if self._poll is None:
             return
         poll, self._poll = self._poll, None
         blocks: dict[int, list[int]] = {}
         self._rows = {}
         for block, version in enumerate(self._group.finish_poll(poll)):
+            if version == LOST:
+                raise StateError(
+                    f"the statistics of block {self._table.specs[block].name} were lost with their "
+                    "worker, so install_delay cannot be kept: resume from a checkpoint, or use "
+                    "install_delay=None, which goes on without them"
+                )
             newer = version - installed[block].version
             if newer > 0:
                 blocks.setdefault(self._table.owners[block], []).append(block)

@@ -105,6 +105,7 @@ def test_final_table_says_loudly_when_ranks_disagree() -> None:
         "versions_from_workers": 1,
         "statistics_observed": 1,
         "statistics_sent": 1,
+        "versions_installed": 0,
         "statistics_folded": 1,
         "statistics_dropped": 0,
         "statistics_pending": 0,

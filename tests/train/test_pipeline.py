@@ -22,7 +22,7 @@ from distcurv.train.group import RankGroup
 from distcurv.train.lanes import OwnerLinks
 from distcurv.train.pipeline import Pipeline
 from distcurv.wire import Link
-from distcurv.wire.messages import Message, Statistics
+from distcurv.wire.messages import Hello, Message, Statistics, Welcome
 from distcurv.wiring import InlineService
 
 CPU = torch.device("cpu")
@@ -343,6 +343,24 @@ def test_the_deterministic_mode_with_a_mute_worker_too(
     pipeline = make(remote=mute, install_delay=2, wait_timeout=0.3)
     with pytest.raises(StateError, match=r"waited 0.3 s for a refresh to finish"):
         run(pipeline, 4)
+
+
+def test_the_deterministic_mode_never_leaves_an_install_out_in_silence(make: Make) -> None:
+    """A worker that dies with a statistic: the install that is due can never be made."""
+
+    def deadly() -> Link:
+        def answer(message: Message) -> list[Message | Exception]:
+            if isinstance(message, Hello):
+                return [Welcome(message.session, 1, "cpu")]
+            return [OSError("gone")] if isinstance(message, Statistics) else []
+
+        return ScriptedLink(answer, waits=True)
+
+    pipeline = make(remote=deadly, install_delay=6)
+    with pytest.raises(StateError, match=r"block a were lost .* install_delay cannot be kept"):
+        run(pipeline, 7)
+    assert versions(pipeline) == [0, 0]
+    assert pipeline.step_count == 6, "the step at which the install was due"
 
 
 def test_the_asynchronous_mode_never_waits_for_a_worker(
