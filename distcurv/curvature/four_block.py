@@ -31,7 +31,13 @@ import torch
 from torch import Tensor
 
 from distcurv.curvature.direction import Direction
-from distcurv.curvature.four_block_parts import Parts, check_bases, rest_energy, split
+from distcurv.curvature.four_block_parts import (
+    Parts,
+    Projections,
+    check_bases,
+    rest_energy,
+    split,
+)
 from distcurv.errors import ShapeError
 
 # v₃ is read as at least this share of the mean second moment over all entries. Without it a rest
@@ -120,6 +126,7 @@ def advance(
     beta1: float = 0.9,
     beta2: float = 0.95,
     eps: float = 1e-8,
+    projections: Projections | None = None,
 ) -> tuple[Direction, FourBlockState]:
     """One step: fold the gradient into momentum and moments and return the direction.
 
@@ -140,6 +147,7 @@ def advance(
         beta1: decay of the momentum.
         beta2: decay of the second moments.
         eps: added to the roots, in units of the gradient.
+        projections: the gradient's in these bases, where they are there already; overwritten.
 
     Returns:
         The direction P in factors, in the dtype of the state, and the state.
@@ -165,7 +173,7 @@ def advance(
     d_out, d_in = grad_OI.shape[-2:]
     grad_OI = grad_OI.to(state.momentum_OI.dtype)
 
-    grad = split(grad_OI, basis_out_Og, basis_in_Ia)
+    grad = split(grad_OI, basis_out_Og, basis_in_Ia, projections)
     v_rest = state.v_rest
     has_rest = rank_out < d_out and rank_in < d_in
     if has_rest:

@@ -43,8 +43,30 @@ def check_bases(shape: Sequence[int], basis_out_Og: Tensor, basis_in_Ia: Tensor)
             )
 
 
-def split(matrix_OI: Tensor, basis_out_Og: Tensor, basis_in_Ia: Tensor) -> Parts:
-    """Core, right and left part of a matrix; 4·r·O·I flops for two thin bases.
+class Projections(NamedTuple):
+    """X U_A [..., O, a] and U_Gᵀ X [..., g, I], as far as `split` needs them."""
+
+    in_Oa: Tensor | None
+    out_gI: Tensor | None
+
+
+def project(matrix_OI: Tensor, basis_out_Og: Tensor, basis_in_Ia: Tensor) -> Projections:
+    """The products of a matrix with its bases: 4·r·O·I flops for two thin ones."""
+    full_out = basis_out_Og.shape[-1] == basis_out_Og.shape[-2]
+    full_in = basis_in_Ia.shape[-1] == basis_in_Ia.shape[-2]
+    return Projections(
+        None if full_out and not full_in else matrix_OI @ basis_in_Ia,
+        None if full_in else basis_out_Og.mT @ matrix_OI,
+    )
+
+
+def split(
+    matrix_OI: Tensor,
+    basis_out_Og: Tensor,
+    basis_in_Ia: Tensor,
+    projections: Projections | None = None,
+) -> Parts:
+    """Core, right and left part of a matrix.
 
     The full-size parts are U_G C U_Aᵀ, R U_Aᵀ and U_G L; with the rest they are orthogonal to one
     another and sum to the matrix.
@@ -53,24 +75,22 @@ def split(matrix_OI: Tensor, basis_out_Og: Tensor, basis_in_Ia: Tensor) -> Parts
         matrix_OI: [..., O, I], the dtype of the bases.
         basis_out_Og: U_G with orthonormal columns.
         basis_in_Ia: U_A with orthonormal columns.
+        projections: of `project` for this matrix and these bases, where they are there already;
+            overwritten.
     """
-    full_out = basis_out_Og.shape[-1] == basis_out_Og.shape[-2]
-    full_in = basis_in_Ia.shape[-1] == basis_in_Ia.shape[-2]
+    in_Oa, out_gI = projections or project(matrix_OI, basis_out_Og, basis_in_Ia)
     batch = matrix_OI.shape[:-2]
     right_Oa = matrix_OI.new_empty([*batch, 0, basis_in_Ia.shape[-1]])
     left_gI = matrix_OI.new_empty([*batch, basis_out_Og.shape[-1], 0])
-    if full_out and not full_in:
-        left_gI = basis_out_Og.mT @ matrix_OI
-        core_ga = left_gI @ basis_in_Ia
+    if in_Oa is None:
+        assert out_gI is not None
+        core_ga = out_gI @ basis_in_Ia
     else:
-        in_Oa = matrix_OI @ basis_in_Ia
         core_ga = basis_out_Og.mT @ in_Oa
-        if not full_out:
+        if basis_out_Og.shape[-1] < basis_out_Og.shape[-2]:
             right_Oa = in_Oa.sub_(basis_out_Og @ core_ga)
-        if not full_in:
-            left_gI = basis_out_Og.mT @ matrix_OI
-    if not full_in:
-        left_gI = left_gI.sub_(core_ga @ basis_in_Ia.mT)
+    if out_gI is not None:
+        left_gI = out_gI.sub_(core_ga @ basis_in_Ia.mT)
     return Parts(core_ga, right_Oa, left_gI)
 
 

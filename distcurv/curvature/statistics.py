@@ -55,6 +55,7 @@ def encode_rows(
     *,
     weights_N: Tensor | float | None = None,
     product_Nr: Tensor | None = None,
+    trace: Tensor | None = None,
 ) -> Tensors:
     """One side's statistic of the rows X: ``packed``, or ``Y``, ``trace`` and maybe ``diag``.
 
@@ -64,6 +65,7 @@ def encode_rows(
         basis_dr: the installed Q [..., d, r]; not read by the dense encoding.
         weights_N: a weight per row [..., N], or one number, e.g. from `subsample_rows`.
         product_Nr: X Q [..., N, r] where the caller has it already, in full float32.
+        trace: ‖X‖² [...] where the caller has it already; without weights only.
 
     Returns:
         Sums over the rows, by name without a prefix; the count is the caller's to add.
@@ -101,6 +103,8 @@ def encode_rows(
         if side.tail == "diagonal":
             statistic["diag"] = (weighted_Nd * rows_Nd).sum(-2)
             statistic["trace"] = statistic["diag"].sum(-1)
+        elif trace is not None:
+            statistic["trace"] = trace
         else:
             # One pass and no temporary of the rows' size.
             squares_N = torch.linalg.vector_norm(rows_Nd, dim=-1).square_()
@@ -141,12 +145,16 @@ def encode_gradient(
     products = {"A": grad_Ua, "G": None if Ug_grad is None else Ug_grad.mT}
     statistic: Tensors = {}
     one = torch.ones(grad_OI.shape[:-2], device=grad_OI.device)
+    grad_OI = at_least_float32(grad_OI)
+    # Of both sides; along the rows as they lie in memory.
+    trace = torch.linalg.vector_norm(grad_OI, dim=-1).square_().sum(-1)
     for name, side in spec.named_sides():
         encoded = encode_rows(
             side,
             grad_OI if name == "A" else grad_OI.mT,
             basis[f"{name}.U"] if side.encoding == "sketch" else None,
             product_Nr=products[name],
+            trace=trace,
         )
         statistic.update({f"{name}.{key}": value for key, value in encoded.items()})
         statistic[f"{name}.count"] = one

@@ -12,15 +12,17 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.optim.adamw import adamw
 
 from distcurv.config import SoapConfig
 from distcurv.curvature.four_block import FourBlockState, advance, init_state
+from distcurv.curvature.four_block_parts import Projections, project
 from distcurv.curvature.four_block_turn import turn
+from distcurv.curvature.precision import full_float32
 from distcurv.curvature.statistics import encode_gradient
 from distcurv.errors import ConfigError, StateError
 from distcurv.optim import arguments
 from distcurv.optim.matrices import find_matrices, matrix_spec
+from distcurv.optim.vectors import update_vectors
 from distcurv.train import checkpoint, metrics
 from distcurv.train.activations import ActivationSource
 from distcurv.train.discover import bare_model
@@ -115,33 +117,42 @@ class LowRankSOAP(torch.optim.Optimizer):
         pipeline = self._open_pipeline()
         arguments.refuse_sparse(self._named)
         grads = [m.param.grad for m in self._matrices if m.param.grad is not None]
-        if pipeline.capture_due:
-            self._add_statistics(pipeline)
+        projections = self._add_statistics(pipeline) if pipeline.capture_due else {}
         if self._source is not None:
             self._source.finish()
         before = [pipeline.installed[block] for block in range(len(self._matrices))]
         for install in pipeline.step(grads):
             self._turn(before[install.block], install)
+            projections.pop(install.block, None)
         for group in self.param_groups:
-            self._update_matrices(group, pipeline)
-            self._update_vectors(group)
+            with full_float32(pipeline.device):
+                self._update_matrices(group, pipeline, projections)
+            update_vectors(group, self.state, self._block_of)
         if self._source is not None:
             self._source.arm_if_due()
         return loss
 
-    def _add_statistics(self, pipeline: Pipeline) -> None:
+    def _add_statistics(self, pipeline: Pipeline) -> dict[int, Projections]:
+        """Returns the projections on the installed bases that were made on the way, by block."""
+        projections: dict[int, Projections] = {}
         watched = self._source.blocks if self._source is not None else frozenset[int]()
         for block, matrix in enumerate(self._matrices):
             grad = matrix.param.grad
             mine = pipeline.table.owners[block] == pipeline.group.rank
             if block in watched or grad is None or not mine:
                 continue
-            spec = pipeline.table.specs[block]
+            spec, basis = pipeline.table.specs[block], pipeline.basis(block)
+            wide = matrix.view(grad).float()
+            with full_float32(pipeline.device):
+                own = project(wide, basis.tensors["G.U"], basis.tensors["A.U"])
             statistic = encode_gradient(
-                spec, matrix.view(grad).float(), pipeline.basis(block).tensors
+                spec, wide, basis.tensors, grad_Ua=own.in_Oa, Ug_grad=own.out_gI
             )
             self._nonfinite += 1 - statistic["steps"]
             pipeline.add(block, statistic)
+            if basis is pipeline.installed[block]:
+                projections[block] = own
+        return projections
 
     def _turn(self, old: Install, new: Install) -> None:
         matrix = self._matrices[new.block]
@@ -157,7 +168,9 @@ class LowRankSOAP(torch.optim.Optimizer):
         )
         state.update(zip(_FIELDS, turned, strict=True))
 
-    def _update_matrices(self, group: dict[str, Any], pipeline: Pipeline) -> None:
+    def _update_matrices(
+        self, group: dict[str, Any], pipeline: Pipeline, projections: dict[int, Projections]
+    ) -> None:
         lr = group["lr"]
         for param in group["params"]:
             block = self._block_of.get(id(param))
@@ -183,6 +196,7 @@ class LowRankSOAP(torch.optim.Optimizer):
                 beta1=group["betas"][0],
                 beta2=group["betas"][1],
                 eps=group["eps"],
+                projections=projections.get(block),
             )
             state.update(zip(_FIELDS, new, strict=True))
             if group["weight_decay"]:
@@ -195,34 +209,6 @@ class LowRankSOAP(torch.optim.Optimizer):
                 direction.subtract_from(matrix.view(param), float(lr))
             else:
                 param.sub_(direction.dense().view(param.shape).mul_(lr))
-
-    def _update_vectors(self, group: dict[str, Any]) -> None:
-        params = [p for p in group["params"] if p.grad is not None and id(p) not in self._block_of]
-        if not params:
-            return
-        for param in params:
-            if not self.state[param]:
-                self.state[param].update(
-                    step=torch.zeros((), dtype=torch.float32),
-                    exp_avg=torch.zeros_like(param),
-                    exp_avg_sq=torch.zeros_like(param),
-                )
-        states = [self.state[p] for p in params]
-        adamw(
-            params,
-            [p.grad for p in params],
-            [s["exp_avg"] for s in states],
-            [s["exp_avg_sq"] for s in states],
-            [],
-            [s["step"] for s in states],
-            amsgrad=False,
-            beta1=group["betas"][0],
-            beta2=group["betas"][1],
-            lr=group["lr"],
-            weight_decay=group["weight_decay"],
-            eps=group["eps"],
-            maximize=False,
-        )
 
     # -- state ----------------------------------------------------------------------------
 
