@@ -51,7 +51,8 @@ class LowRankSOAP(torch.optim.Optimizer):
         replay: install log of an earlier run to follow exactly.
         settings: further fields of `distcurv.SoapConfig`.
 
-    Gradients must be the same on all training ranks when `step` is called (DDP does that).  The
+    Gradients must be the same on all training ranks when `step` is called (DDP does that); clipped
+    gradients make clipped statistics.  The
     first gradient of a matrix makes its basis and moments and gives no direction, as in SOAP.
     Sources: Vyas et al. 2024 (SOAP); the four-block rule is described in docs/architecture.md.
     """
