@@ -35,9 +35,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add(
         "--interval",
         type=at_least(1),
-        default=20,
+        default=10,
         metavar="T",
-        help="steps between two installs (default 20)",
+        help="steps between two installs (default 10)",
     )
     add("--lr", type=float, metavar="LR", help="of LowRankSOAP (default: the task's)")
 
