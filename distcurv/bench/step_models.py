@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from distcurv.demo.tasks import Block
+from distcurv.demo.tasks import CharLM
 
 AUTOENCODER_WIDTHS = (784, 1000, 500, 250, 30, 250, 500, 1000, 784)
 CHARLM_WIDTH, CHARLM_LAYERS, CHARLM_HEADS, CHARLM_VOCABULARY = 256, 4, 4, 97
@@ -54,25 +54,6 @@ class Problem:
         )
 
 
-class CharLM(nn.Module):
-    """Character codes [n, length] → logits [n, length, vocabulary]."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.token = nn.Embedding(CHARLM_VOCABULARY, CHARLM_WIDTH)
-        self.position = nn.Embedding(CHARLM_CONTEXT, CHARLM_WIDTH)
-        layers = (Block(CHARLM_WIDTH, CHARLM_HEADS) for _ in range(CHARLM_LAYERS))
-        self.blocks = nn.Sequential(*layers)
-        self.norm = nn.LayerNorm(CHARLM_WIDTH)
-        self.head = nn.Linear(CHARLM_WIDTH, CHARLM_VOCABULARY)
-
-    def forward(self, codes: Tensor) -> Tensor:
-        places = torch.arange(codes.shape[1], device=codes.device)
-        x = self.token(codes) + self.position(places)
-        logits: Tensor = self.head(self.norm(self.blocks(x)))
-        return logits
-
-
 class ResidualBlock(nn.Module):
     """Two 3×3 convolutions with batch norm, and a shortcut."""
 
@@ -107,7 +88,7 @@ def _autoencoder() -> Problem:
 def _charlm() -> Problem:
     codes = torch.randint(CHARLM_VOCABULARY, (CHARLM_BATCH, CHARLM_CONTEXT + 1))
     return Problem(
-        CharLM(),
+        CharLM(CHARLM_VOCABULARY, CHARLM_CONTEXT, CHARLM_WIDTH, CHARLM_HEADS, CHARLM_LAYERS),
         codes[:, :-1],
         codes[:, 1:].flatten(),
         lambda out: out.flatten(0, 1),

@@ -137,13 +137,12 @@ CHARLM_BYTES = 2_000_000
 CHARLM_HELD_OUT = 100_000
 CHARLM_CONTEXT = 64
 CHARLM_BATCH = 32
-CHARLM_WIDTH = 128
-CHARLM_LAYERS = 4
-CHARLM_HEADS = 4
 CHARLM_EVAL_WINDOWS = 512
 # Printable ASCII, newline and one sign for everything else: the same vocabulary on every machine.
 CHARLM_ALPHABET = "\n" + "".join(chr(code) for code in range(32, 127))
 CHARLM_VOCABULARY = len(CHARLM_ALPHABET) + 1
+# Vocabulary, context, width, heads, layers.
+CHARLM_SIZES = (CHARLM_VOCABULARY, CHARLM_CONTEXT, 128, 4, 4)
 
 
 @functools.cache
@@ -214,14 +213,13 @@ class Block(nn.Module):
 class CharLM(nn.Module):
     """Character codes [n, length] → logits [n, length, vocabulary]."""
 
-    def __init__(self) -> None:
+    def __init__(self, vocabulary: int, context: int, width: int, heads: int, layers: int) -> None:
         super().__init__()
-        self.token = nn.Embedding(CHARLM_VOCABULARY, CHARLM_WIDTH)
-        self.position = nn.Embedding(CHARLM_CONTEXT, CHARLM_WIDTH)
-        blocks = (Block(CHARLM_WIDTH, CHARLM_HEADS) for _ in range(CHARLM_LAYERS))
-        self.blocks = nn.Sequential(*blocks)
-        self.norm = nn.LayerNorm(CHARLM_WIDTH)
-        self.head = nn.Linear(CHARLM_WIDTH, CHARLM_VOCABULARY)
+        self.token = nn.Embedding(vocabulary, width)
+        self.position = nn.Embedding(context, width)
+        self.blocks = nn.Sequential(*(Block(width, heads) for _ in range(layers)))
+        self.norm = nn.LayerNorm(width)
+        self.head = nn.Linear(width, vocabulary)
 
     def forward(self, codes: Tensor) -> Tensor:
         places = torch.arange(codes.shape[1], device=codes.device)
@@ -233,7 +231,7 @@ class CharLM(nn.Module):
 def _build_charlm(seed: int) -> nn.Module:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = CharLM()
+        model = CharLM(*CHARLM_SIZES)
         for module in model.modules():
             if isinstance(module, nn.Linear | nn.Embedding):
                 nn.init.normal_(module.weight, std=0.02)
