@@ -23,11 +23,6 @@ from distcurv.errors import MismatchError
 _HEAD = 3  # step, table hash, gradient fingerprint
 
 
-def _work_wait(work: dist.Work | None) -> None:
-    if work is not None:
-        work.wait()
-
-
 @dataclass
 class Poll:
     """A poll under way: the control vector and the all-reduce that will complete it."""
@@ -159,7 +154,8 @@ class RankGroup:
 
     def finish_poll(self, poll: Poll) -> list[int]:
         """The resident versions of all blocks; raises `MismatchError` on all ranks alike."""
-        _work_wait(poll.work)
+        if poll.work is not None:
+            poll.work.wait()
         numbers = [int(n) for n in poll.vector]
         high, low = numbers[:_HEAD], [-n for n in numbers[_HEAD : 2 * _HEAD]]
         if high[1] != low[1]:

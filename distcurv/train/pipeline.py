@@ -19,7 +19,7 @@ from torch import Tensor
 from distcurv.config import ServiceConfig
 from distcurv.curvature.spec import BlockSpec
 from distcurv.errors import MismatchError, StateError
-from distcurv.train import ending, fingerprint
+from distcurv.train import fingerprint
 from distcurv.train.accord import Accord
 from distcurv.train.backlog import Span
 from distcurv.train.depot import Depot, State
@@ -120,7 +120,7 @@ class Pipeline:
         self._accord = Accord(self.group, self.table.digest_number)
         self._print = fingerprint.Fingerprint(config.check_replicas)
         self._closed = False
-        self._finalizer = weakref.finalize(self, ending.close_lanes, self.lanes, 2.0)
+        self._finalizer = weakref.finalize(self, self.lanes.close, 2.0)
 
     # -- statistics -----------------------------------------------------------------------
 
@@ -128,10 +128,6 @@ class Pipeline:
     def capture_due(self) -> bool:
         """Whether statistics are taken at the coming `step`."""
         return self.timetable.capture_due(self.step_count)
-
-    def contributes(self, block: int) -> bool:
-        """Whether this rank adds statistics of a block."""
-        return self.window.contributes(block)
 
     def basis(self, block: int) -> Install:
         """What the window's statistics of a block are taken against."""
@@ -279,7 +275,7 @@ class Pipeline:
         if self._reducing is not None:
             self._give_up(self._reducing.closed.captures, "closed")
         self._finalizer.detach()
-        ending.close_lanes(self.lanes, timeout)
+        self.lanes.close(timeout)
 
     def _give_up(self, captures: int, reason: str) -> None:
         """Count statistics that were observed here and never came into the backlog."""
