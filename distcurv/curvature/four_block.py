@@ -35,7 +35,7 @@ from distcurv.curvature.four_block_parts import (
     Parts,
     Projections,
     check_bases,
-    rest_energy,
+    rest_mean_squares,
     split,
 )
 from distcurv.errors import ShapeError
@@ -46,7 +46,7 @@ REST_FLOOR = 1e-4
 
 
 class FourBlockState(NamedTuple):
-    """All that `update` carries from step to step; flat, so that it can be saved field by field.
+    """All that `advance` carries from step to step; flat, so that it can be saved field by field.
 
     float32 (float64 where the gradients are). The momentum must not be kept narrower: the
     direction holds a difference of M/√v₃ and its projections.
@@ -60,6 +60,11 @@ class FourBlockState(NamedTuple):
     v_right_Oa: Tensor
     v_left_gI: Tensor
     v_rest: Tensor  # [...]: EMA of the mean square of the rest; 0 where there is no rest
+
+    @property
+    def means(self) -> Parts:
+        """The momentum's parts."""
+        return Parts(self.core_ga, self.right_Oa, self.left_gI)
 
     @property
     def moments(self) -> Parts:
@@ -117,18 +122,18 @@ def init_state(
 
 
 def advance(
-    state: FourBlockState,
-    grad_OI: Tensor,
-    basis_out_Og: Tensor,
-    basis_in_Ia: Tensor,
+    states: Sequence[FourBlockState],
+    grads_OI: Sequence[Tensor],
+    bases_out_Og: Sequence[Tensor],
+    bases_in_Ia: Sequence[Tensor],
     *,
-    step: int,
+    steps: Sequence[int],
     beta1: float = 0.9,
     beta2: float = 0.95,
     eps: float = 1e-8,
-    projections: Projections | None = None,
-) -> tuple[Direction, FourBlockState]:
-    """One step: fold the gradient into momentum and moments and return the direction.
+    projections: Sequence[Projections | None] | None = None,
+) -> list[Direction]:
+    """One step of all blocks: fold the gradients into momenta and moments, return the directions.
 
         P = M/√v₃ + (R̂ − R/√v₃) U_Aᵀ + U_G [(L̂ − L/√v₃) + (Ĉ − C/√v₃) U_Aᵀ]
 
@@ -136,26 +141,124 @@ def advance(
     √((O−g)/O) and L̂ by √((I−a)/I): their elements share fewer degrees of freedom than they are.
     8·r·O·I flops for two thin bases with `Direction.subtract_from`; nothing of size O×I is made.
 
-    The tensors of `state` are overwritten; go on with the returned state alone.
+    Blocks of all shapes go through each elementwise operation together (torch's ``_foreach`` ones,
+    which torch.optim rests on): with small blocks the calls cost more than the arithmetic.
+
+    The tensors of ``states`` are overwritten.
 
     Args:
-        state: of `init_state`, `update` or `turn`.
-        grad_OI: [..., O, I], any float dtype, finite.
-        basis_out_Og: the installed U_G, orthonormal columns, dtype of the state.
-        basis_in_Ia: the installed U_A, likewise.
-        step: how many gradients the state will have seen with this one, from 1.
+        states: of `init_state` or `turn`, one for each block; 2-D, all of one dtype and device.
+        grads_OI: [O, I] each, any float dtype, finite.
+        bases_out_Og: the installed U_G, orthonormal columns, dtype of the states.
+        bases_in_Ia: the installed U_A, likewise.
+        steps: how many gradients each state will have seen with this one, from 1.
         beta1: decay of the momentum.
         beta2: decay of the second moments.
         eps: added to the roots, in units of the gradient.
-        projections: the gradient's in these bases, where they are there already; overwritten.
+        projections: of each gradient in these bases, where they are there already; overwritten.
 
     Returns:
-        The direction P in factors, in the dtype of the state, and the state.
+        The direction P of each block in factors, in the dtype of the states.
 
     Raises:
         ShapeError: for shapes that do not fit together.
-        ValueError: for step < 1.
+        ValueError: for a step < 1.
     """
+    if not states:
+        return []
+    for number, (state, grad, out, into) in enumerate(
+        zip(states, grads_OI, bases_out_Og, bases_in_Ia, strict=True)
+    ):
+        _check(state, grad, out, into, steps[number])
+    grads = [g.to(s.momentum_OI.dtype) for g, s in zip(grads_OI, states, strict=True)]
+    made = projections if projections is not None else [None] * len(states)
+    parts = [
+        split(grad, out, into, projected)
+        for grad, out, into, projected in zip(grads, bases_out_Og, bases_in_Ia, made, strict=True)
+    ]
+    open_ = [b for b, s in enumerate(states) if s.right_Oa.numel() and s.left_gI.numel()]
+    kept = [(b, i) for b, of_block in enumerate(parts) for i in range(3) if of_block[i].numel()]
+    new = [parts[b][i] for b, i in kept]
+    moments = [states[b].moments[i] for b, i in kept]
+    means = [states[b].means[i] for b, i in kept]
+
+    if open_:
+        squares = rest_mean_squares([grads[b] for b in open_], [parts[b] for b in open_])
+        dtype = states[0].v_rest.dtype
+        torch._foreach_lerp_(
+            [states[b].v_rest for b in open_], [s.to(dtype) for s in squares], 1 - beta2
+        )
+    torch._foreach_mul_(moments, beta2)
+    torch._foreach_addcmul_(moments, new, new, 1 - beta2)
+    # The parts are linear in the matrix, so those of the momentum follow by the same EMA as the
+    # momentum itself for as long as the basis stands.
+    momenta = [state.momentum_OI for state in states]
+    torch._foreach_lerp_(momenta + means, grads + new, 1 - beta1)
+
+    bias1 = [1 - beta1**step for step in steps]
+    root_bias2 = [(1 - beta2**step) ** 0.5 for step in steps]
+    per_rest: list[Tensor | None] = [None] * len(states)
+    if open_:
+        for b, value in zip(open_, _per_rest(states, open_, bias1, root_bias2, eps), strict=True):
+            per_rest[b] = value
+    shares = [_share(states[b], i) ** 0.5 for b, i in kept]
+    scales = torch._foreach_sqrt(moments)
+    torch._foreach_mul_(
+        scales, [bias1[b] / (root_bias2[b] * sh) for (b, _), sh in zip(kept, shares, strict=True)]
+    )
+    torch._foreach_add_(
+        scales, [eps * bias1[b] / sh for (b, _), sh in zip(kept, shares, strict=True)]
+    )
+    torch._foreach_reciprocal_(scales)
+    rests = [
+        (place, value) for place, (b, _) in enumerate(kept) if (value := per_rest[b]) is not None
+    ]
+    if rests:
+        torch._foreach_sub_([scales[place] for place, _ in rests], [value for _, value in rests])
+    torch._foreach_mul_(scales, means)
+    corrected = dict(zip(kept, scales, strict=True))
+
+    directions = []
+    for b, (state, out, into) in enumerate(zip(states, bases_out_Og, bases_in_Ia, strict=True)):
+        core_ga, left_gI = corrected[b, 0], corrected.get((b, 2))
+        inner_gI = core_ga @ into.mT if left_gI is None else left_gI.addmm_(core_ga, into.mT)
+        directions.append(
+            Direction(state.momentum_OI, per_rest[b], out, inner_gI, corrected.get((b, 1)), into)
+        )
+    return directions
+
+
+def _per_rest(
+    states: Sequence[FourBlockState],
+    open_: Sequence[int],
+    bias1: Sequence[float],
+    root_bias2: Sequence[float],
+    eps: float,
+) -> list[Tensor]:
+    """1/√v₃ with the floor and Adam's bias corrections, 0-dim each."""
+    moments = [moment for b in open_ for moment in states[b].moments]
+    # Moments are ≥ 0: their 1-norm is their sum.
+    totals = torch.stack(torch._foreach_norm(moments, 1)).view(-1, 3).sum(1)
+    floors = list((totals * REST_FLOOR).unbind())
+    torch._foreach_div_(floors, [float(states[b].momentum_OI.numel()) for b in open_])
+    torch._foreach_maximum_(floors, [states[b].v_rest for b in open_])
+    torch._foreach_sqrt_(floors)
+    torch._foreach_mul_(floors, [bias1[b] / root_bias2[b] for b in open_])
+    torch._foreach_add_(floors, [eps * bias1[b] for b in open_])
+    torch._foreach_reciprocal_(floors)
+    return floors
+
+
+def _share(state: FourBlockState, part: int) -> float:
+    """What of its degrees of freedom a part's elements have for themselves."""
+    d_out, d_in = state.momentum_OI.shape
+    rank_out, rank_in = state.core_ga.shape
+    return (1.0, (d_out - rank_out) / d_out, (d_in - rank_in) / d_in)[part]
+
+
+def _check(
+    state: FourBlockState, grad_OI: Tensor, basis_out_Og: Tensor, basis_in_Ia: Tensor, step: int
+) -> None:
     if step < 1:
         raise ValueError(f"four-block step {step} is not positive: count updates from 1")
     if grad_OI.shape != state.momentum_OI.shape:
@@ -164,77 +267,9 @@ def advance(
             f"{tuple(state.momentum_OI.shape)}: use the state of this block"
         )
     check_bases(grad_OI.shape, basis_out_Og, basis_in_Ia)
-    rank_out, rank_in = basis_out_Og.shape[-1], basis_in_Ia.shape[-1]
-    if state.core_ga.shape[-2:] != (rank_out, rank_in):
+    ranks = (basis_out_Og.shape[-1], basis_in_Ia.shape[-1])
+    if state.core_ga.shape != ranks:
         raise ShapeError(
-            f"bases of rank {rank_out} and {rank_in} differ from the state's "
-            f"{tuple(state.core_ga.shape[-2:])}: call turn() when a new version is installed"
+            f"bases of rank {ranks[0]} and {ranks[1]} differ from the state's "
+            f"{tuple(state.core_ga.shape)}: call turn() when a new version is installed"
         )
-    d_out, d_in = grad_OI.shape[-2:]
-    grad_OI = grad_OI.to(state.momentum_OI.dtype)
-
-    grad = split(grad_OI, basis_out_Og, basis_in_Ia, projections)
-    v_rest = state.v_rest
-    has_rest = rank_out < d_out and rank_in < d_in
-    if has_rest:
-        mean_square = rest_energy(grad_OI, grad) / ((d_out - rank_out) * (d_in - rank_in))
-        v_rest.lerp_(mean_square.to(v_rest.dtype), 1 - beta2)
-    for moment, part in zip(state.moments, grad, strict=True):
-        moment.mul_(beta2).addcmul_(part, part, value=1 - beta2)
-    # The parts are linear in the matrix, so those of the momentum follow by the same EMA as the
-    # momentum itself for as long as the basis stands.
-    state.momentum_OI.lerp_(grad_OI, 1 - beta1)
-    momentum = Parts(state.core_ga, state.right_Oa, state.left_gI)
-    for mean, part in zip(momentum, grad, strict=True):
-        mean.lerp_(part, 1 - beta1)
-
-    bias1 = 1 - beta1**step
-    root_bias2 = (1 - beta2**step) ** 0.5
-    per_rest = torch.zeros_like(v_rest)
-    if has_rest:
-        core, right, left = (moment.sum((-2, -1)) for moment in state.moments)
-        total = core + right + left
-        floored = torch.maximum(v_rest, total * (REST_FLOOR / (d_out * d_in)))
-        per_rest = (floored.sqrt_().div_(root_bias2).add_(eps).mul_(bias1)).reciprocal_()
-    per_rest = per_rest[..., None, None]
-
-    def corrected(part: Tensor, moment: Tensor, share: float) -> Tensor:
-        root = moment.sqrt().div_(root_bias2).add_(eps).mul_(bias1 / share**0.5)
-        return (part / root).sub_(part * per_rest)
-
-    core_ga = corrected(momentum.core_ga, state.v_core_ga, 1.0)
-    inner_gI = core_ga @ basis_in_Ia.mT
-    if rank_in < d_in:
-        share = (d_in - rank_in) / d_in
-        inner_gI.add_(corrected(momentum.left_gI, state.v_left_gI, share))
-    right_Oa = None
-    if rank_out < d_out:
-        share = (d_out - rank_out) / d_out
-        right_Oa = corrected(momentum.right_Oa, state.v_right_Oa, share)
-    direction = Direction(
-        momentum_OI=state.momentum_OI,
-        per_rest=per_rest[..., 0, 0] if has_rest else None,
-        basis_out_Og=basis_out_Og,
-        inner_gI=inner_gI,
-        right_Oa=right_Oa,
-        basis_in_Ia=basis_in_Ia,
-    )
-    return direction, state
-
-
-def update(
-    state: FourBlockState,
-    grad_OI: Tensor,
-    basis_out_Og: Tensor,
-    basis_in_Ia: Tensor,
-    *,
-    step: int,
-    beta1: float = 0.9,
-    beta2: float = 0.95,
-    eps: float = 1e-8,
-) -> tuple[Tensor, FourBlockState]:
-    """`advance` with the direction formed, [..., O, I]: subtract lr times it."""
-    direction, state = advance(
-        state, grad_OI, basis_out_Og, basis_in_Ia, step=step, beta1=beta1, beta2=beta2, eps=eps
-    )
-    return direction.dense(), state

@@ -172,44 +172,53 @@ class LowRankSOAP(torch.optim.Optimizer):
     def _update_matrices(
         self, group: dict[str, Any], pipeline: Pipeline, projections: dict[int, Projections]
     ) -> None:
-        lr = group["lr"]
+        lr = float(group["lr"])
+        params, states, grads, bases, made = [], [], [], [], []
         for param in group["params"]:
             block = self._block_of.get(id(param))
             if block is None or param.grad is None:
                 continue
-            matrix = self._matrices[block]
             tensors = pipeline.installed[block].tensors
-            basis_out, basis_in = tensors["G.U"], tensors["A.U"]
-            state = self.state[param]
-            if not state:
-                first = init_state(
-                    matrix.shape, basis_out.shape[-1], basis_in.shape[-1], device=param.device
-                )
-                state["step"] = 0
-                state.update(zip(_FIELDS, first, strict=True))
-            state["step"] += 1
-            direction, new = advance(
-                FourBlockState(*(state[name] for name in _FIELDS)),
-                matrix.view(param.grad),
-                basis_out,
-                basis_in,
-                step=state["step"],
-                beta1=group["betas"][0],
-                beta2=group["betas"][1],
-                eps=group["eps"],
-                projections=projections.get(block),
-            )
-            state.update(zip(_FIELDS, new, strict=True))
-            if group["weight_decay"]:
-                param.mul_(1 - lr * group["weight_decay"])
+            bases.append((tensors["G.U"], tensors["A.U"]))
+            params.append(param)
+            states.append(self._state_of(block, *bases[-1]))
+            grads.append(self._matrices[block].view(param.grad))
+            made.append(projections.get(block))
+        directions = advance(
+            [FourBlockState(*(state[name] for name in _FIELDS)) for state in states],
+            grads,
+            [out for out, _ in bases],
+            [into for _, into in bases],
+            steps=[state["step"] for state in states],
+            beta1=group["betas"][0],
+            beta2=group["betas"][1],
+            eps=group["eps"],
+            projections=made,
+        )
+        if params and group["weight_decay"]:
+            torch._foreach_mul_(params, 1 - lr * group["weight_decay"])
+        for param, state, grad, direction in zip(params, states, grads, directions, strict=True):
             if state["step"] == 1:
                 # The first basis diagonalises this very gradient: beside the diagonal there is
                 # only rounding, which the division by its own size would make a full update.
                 continue
             if param.is_contiguous() and param.dtype == torch.float32:
-                direction.subtract_from(matrix.view(param), float(lr))
+                direction.subtract_from(param.view(grad.shape), lr)
             else:
                 param.sub_(direction.dense().view(param.shape).mul_(lr))
+
+    def _state_of(self, block: int, basis_out: Tensor, basis_in: Tensor) -> dict[str, Any]:
+        """A matrix's state with its step counted on."""
+        matrix = self._matrices[block]
+        state: dict[str, Any] = self.state[matrix.param]
+        if not state:
+            first = init_state(
+                matrix.shape, basis_out.shape[-1], basis_in.shape[-1], device=matrix.param.device
+            )
+            state["step"] = 0
+            state.update(zip(_FIELDS, first, strict=True))
+        state["step"] += 1
+        return state
 
     # -- state ----------------------------------------------------------------------------
 

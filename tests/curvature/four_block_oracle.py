@@ -117,7 +117,15 @@ def fresh(shape: tuple[int, int, int, int], dtype: torch.dtype = torch.float64) 
 def step(
     state: FourBlockState, x: Tensor, u: Tensor, w: Tensor, t: int
 ) -> tuple[Tensor, FourBlockState]:
-    return four_block.update(state, x, u, w, step=t, beta1=BETA1, beta2=BETA2, eps=EPS)
+    return update(state, x, u, w, t, eps=EPS), state
+
+
+def update(state: FourBlockState, x: Tensor, u: Tensor, w: Tensor, t: int, *, eps: float) -> Tensor:
+    """One block alone, its direction formed; the state is overwritten."""
+    (direction,) = four_block.advance(
+        [state], [x], [u], [w], steps=[t], beta1=BETA1, beta2=BETA2, eps=eps
+    )
+    return direction.dense()
 
 
 def assert_close(actual: Tensor, expected: Tensor, tolerance: float = FLOAT64) -> None:
