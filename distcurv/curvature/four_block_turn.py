@@ -99,7 +99,7 @@ def turn(
         v_core = v_core + out.beside_to_in_sd @ beside_in_Ob
         v_right = v_right + out.beside_kept_d[..., :, None] * beside_in_Ob
         beside_total_O = right_Oa @ inp.in_to_beside_dr.sum(-2)[..., :, None]
-        v_left = v_left + out.beside_to_in_sd @ (right_Oa @ inp.in_to_beside_dr.mT)
+        v_left = v_left + (out.beside_to_in_sd @ right_Oa) @ inp.in_to_beside_dr.mT
         rest = rest + _total(out.beside_kept_d[..., None, :] @ beside_total_O)
     if not (out.was_full or inp.was_full):
         in_h, kept_O = out.rest_to_in_s[..., :, None], out.rest_kept_d[..., :, None]
