@@ -199,8 +199,8 @@ def advance(
     root_bias2 = [(1 - beta2**step) ** 0.5 for step in steps]
     per_rest: list[Tensor | None] = [None] * len(states)
     if open_:
-        for b, value in zip(open_, _per_rest(states, open_, bias1, root_bias2, eps), strict=True):
-            per_rest[b] = value
+        for b, rate in zip(open_, _per_rest(states, open_, bias1, root_bias2, eps), strict=True):
+            per_rest[b] = rate
     shares = [_share(states[b], i) ** 0.5 for b, i in kept]
     scales = torch._foreach_sqrt(moments)
     torch._foreach_mul_(

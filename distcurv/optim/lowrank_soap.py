@@ -14,14 +14,12 @@ import torch
 from torch import Tensor, nn
 
 from distcurv.config import SoapConfig
-from distcurv.curvature.four_block import FourBlockState, advance, init_state
-from distcurv.curvature.four_block_parts import Projections, project
-from distcurv.curvature.four_block_turn import turn
+from distcurv.curvature.four_block_parts import Projections
 from distcurv.curvature.precision import full_float32
-from distcurv.curvature.statistics import encode_gradient
 from distcurv.errors import ConfigError, StateError
 from distcurv.optim import arguments
 from distcurv.optim.matrices import find_matrices, matrix_spec
+from distcurv.optim.matrix_rule import FIELDS, MatrixRule
 from distcurv.optim.vectors import update_vectors
 from distcurv.train import checkpoint, metrics
 from distcurv.train.activations import ActivationSource
@@ -29,9 +27,6 @@ from distcurv.train.discover import bare_model
 from distcurv.train.log import Record
 from distcurv.train.pipeline import Pipeline
 from distcurv.train.provider import Workers
-from distcurv.train.switch import Install
-
-_FIELDS = FourBlockState._fields
 
 
 class LowRankSOAP(torch.optim.Optimizer):
@@ -87,6 +82,7 @@ class LowRankSOAP(torch.optim.Optimizer):
             arguments.check_options(*(group[k] for k in ("lr", "betas", "eps", "weight_decay")))
         self._named = named = arguments.named_params(self.param_groups)
         self._matrices = find_matrices(named)
+        self._rule = MatrixRule(self._matrices, self.state)
         self._pipeline = Pipeline(
             [matrix_spec(matrix, self.config) for matrix in self._matrices],
             self.config,
@@ -123,102 +119,37 @@ class LowRankSOAP(torch.optim.Optimizer):
             self._source.finish()
         before = [pipeline.installed[block] for block in range(len(self._matrices))]
         for install in pipeline.step(grads):
-            self._turn(before[install.block], install)
+            with full_float32(pipeline.device):
+                self._rule.turn(before[install.block], install)
             projections.pop(install.block, None)
         for group in self.param_groups:
             with full_float32(pipeline.device):
-                self._update_matrices(group, pipeline, projections)
+                self._rule.update(group, self._block_of, pipeline.installed, projections)
             update_vectors(group, self.state, self._block_of)
         if self._source is not None:
             self._source.arm_if_due()
         return loss
 
     def _add_statistics(self, pipeline: Pipeline) -> dict[int, Projections]:
-        """Returns the projections on the installed bases that were made on the way, by block."""
+        """Returns the gradients' projections on the bases in use that were made, by block."""
         projections: dict[int, Projections] = {}
         watched = self._source.blocks if self._source is not None else frozenset[int]()
-        for block, matrix in enumerate(self._matrices):
-            grad = matrix.param.grad
-            mine = pipeline.table.owners[block] == pipeline.group.rank
-            if block in watched or grad is None or not mine:
-                continue
-            spec, basis = pipeline.table.specs[block], pipeline.basis(block)
-            wide = matrix.view(grad).float()
-            with full_float32(pipeline.device):
-                own = project(wide, basis.tensors["G.U"], basis.tensors["A.U"])
-            statistic = encode_gradient(
-                spec, wide, basis.tensors, grad_Ua=own.in_Oa, Ug_grad=own.out_gI
-            )
-            self._nonfinite += 1 - statistic["steps"]
-            pipeline.add(block, statistic)
-            if basis is pipeline.installed[block]:
-                projections[block] = own
+        with full_float32(pipeline.device):
+            for block, matrix in enumerate(self._matrices):
+                mine = pipeline.table.owners[block] == pipeline.group.rank
+                if block in watched or matrix.param.grad is None or not mine:
+                    continue
+                statistic, made = self._rule.statistic(
+                    pipeline.table.specs[block],
+                    block,
+                    pipeline.basis(block),
+                    pipeline.installed[block],
+                )
+                self._nonfinite += 1 - statistic["steps"]
+                pipeline.add(block, statistic)
+                if made is not None:
+                    projections[block] = made
         return projections
-
-    def _turn(self, old: Install, new: Install) -> None:
-        matrix = self._matrices[new.block]
-        state = self.state[matrix.param]
-        if not state:
-            return
-        turned = turn(
-            FourBlockState(*(state[name] for name in _FIELDS)),
-            old.tensors["G.U"],
-            old.tensors["A.U"],
-            new.tensors["G.U"],
-            new.tensors["A.U"],
-        )
-        state.update(zip(_FIELDS, turned, strict=True))
-
-    def _update_matrices(
-        self, group: dict[str, Any], pipeline: Pipeline, projections: dict[int, Projections]
-    ) -> None:
-        lr = float(group["lr"])
-        params, states, grads, bases, made = [], [], [], [], []
-        for param in group["params"]:
-            block = self._block_of.get(id(param))
-            if block is None or param.grad is None:
-                continue
-            tensors = pipeline.installed[block].tensors
-            bases.append((tensors["G.U"], tensors["A.U"]))
-            params.append(param)
-            states.append(self._state_of(block, *bases[-1]))
-            grads.append(self._matrices[block].view(param.grad))
-            made.append(projections.get(block))
-        directions = advance(
-            [FourBlockState(*(state[name] for name in _FIELDS)) for state in states],
-            grads,
-            [out for out, _ in bases],
-            [into for _, into in bases],
-            steps=[state["step"] for state in states],
-            beta1=group["betas"][0],
-            beta2=group["betas"][1],
-            eps=group["eps"],
-            projections=made,
-        )
-        if params and group["weight_decay"]:
-            torch._foreach_mul_(params, 1 - lr * group["weight_decay"])
-        for param, state, grad, direction in zip(params, states, grads, directions, strict=True):
-            if state["step"] == 1:
-                # The first basis diagonalises this very gradient: beside the diagonal there is
-                # only rounding, which the division by its own size would make a full update.
-                continue
-            if param.is_contiguous() and param.dtype == torch.float32:
-                direction.subtract_from(param.view(grad.shape), lr)
-            else:
-                param.sub_(direction.dense().view(param.shape).mul_(lr))
-
-    def _state_of(self, block: int, basis_out: Tensor, basis_in: Tensor) -> dict[str, Any]:
-        """A matrix's state with its step counted on."""
-        matrix = self._matrices[block]
-        state: dict[str, Any] = self.state[matrix.param]
-        if not state:
-            first = init_state(
-                matrix.shape, basis_out.shape[-1], basis_in.shape[-1], device=matrix.param.device
-            )
-            state["step"] = 0
-            state.update(zip(_FIELDS, first, strict=True))
-        state["step"] += 1
-        return state
 
     # -- state ----------------------------------------------------------------------------
 
@@ -242,9 +173,11 @@ class LowRankSOAP(torch.optim.Optimizer):
         params = [p for group in self.param_groups for p in group["params"]]
         for index, param in zip(ids, params, strict=True):
             if id(param) in self._block_of and index in plain["state"]:
-                for name in _FIELDS:
+                for name in FIELDS:
                     saved = plain["state"][index][name]
                     self.state[param][name] = saved.to(param.device).clone()
+        # The base class has a new state dict.
+        self._rule = MatrixRule(self._matrices, self.state)
         if self._source is not None:
             self._source.arm_if_due()  # against the restored bases
 

@@ -1,9 +1,10 @@
 """SOAP written out densely in float64, from the paper's formulas and not from the code under test.
 
 Vyas et al. 2024, "SOAP: Improving and Stabilizing Shampoo using Adam": the factors XᵀX and XXᵀ are
-averaged, the gradient's second moment is kept in their eigenbasis, Adam's rule acts there.  Two
-things are as in distcurv: the average over t gradients is divided by the sum of its weights, and
-at a change of the basis the second moments turn by squared rotations.
+averaged, the gradient's second moment is kept in their eigenbasis, Adam's rule acts there.  The
+first basis is that of the eigenvectors, a later one the QR factor of (factor · basis), Algorithm 4.
+Two things are as in distcurv: the average over t gradients is divided by the sum of its weights,
+and at a change of the basis the second moments turn by squared rotations.
 """
 
 from __future__ import annotations
@@ -50,13 +51,22 @@ class DenseSoap:
         self.sum_A = self.decay * self.sum_A + (1 - self.decay) * factor_A.double()
         self.sum_G = self.decay * self.sum_G + (1 - self.decay) * factor_G.double()
         weights = 1 - self.decay**self.arrivals
-        new_A = torch.linalg.eigh(self.sum_A / weights).eigenvectors
-        new_G = torch.linalg.eigh(self.sum_G / weights).eigenvectors
+        new_A = _next_basis(self.sum_A / weights, self.basis_A)
+        new_G = _next_basis(self.sum_G / weights, self.basis_G)
         if self.basis_A is not None and self.basis_G is not None:
             squared_A = (new_A.T @ self.basis_A) ** 2
             squared_G = (new_G.T @ self.basis_G) ** 2
             self.second = squared_G @ self.second @ squared_A.T
         self.basis_A, self.basis_G = new_A, new_G
+
+    def adopt(self, basis_A: Tensor, basis_G: Tensor) -> None:
+        """Go on from these eigenvectors instead of its own: in the null space of one gradient's
+        factors every choice is right, and a basis that continues the one before keeps it."""
+        for factor, basis in ((self.sum_A, basis_A.double()), (self.sum_G, basis_G.double())):
+            turned = basis.T @ factor @ basis
+            beside = turned - turned.diagonal().diag()
+            assert float(beside.abs().max()) < 1e-5 * float(turned.max())
+        self.basis_A, self.basis_G = basis_A.double(), basis_G.double()
 
     def update(self, grad: Tensor) -> None:
         """Adam's rule in the eigenbasis, with decoupled weight decay."""
@@ -97,3 +107,13 @@ def spread_gradients(shape: tuple[int, int], steps: int, seed: int) -> list[Tens
         noise = 0.1 * torch.randn(d_out, d_in, generator=generator)
         grads.append(left @ (scale * size + noise) @ right.T)
     return grads
+
+
+def _next_basis(factor: Tensor, basis: Tensor | None) -> Tensor:
+    if basis is None:
+        return torch.linalg.eigh(factor).eigenvectors.flip(-1)
+    # Directions that no gradient has had keep the order of the old basis.
+    lam, vectors = torch.linalg.eigh(factor)
+    factor = vectors * lam.clamp_min(1e-6 * float(lam.max())) @ vectors.T
+    continued = torch.linalg.qr(factor @ basis)
+    return continued.Q * continued.R.diagonal().sign()

@@ -1,0 +1,150 @@
+"""The four-block rule over an optimizer's matrices: the bases in use, the state, the update.
+
+The bases in use are those of the installed version, rotated within their span so that they
+continue the bases before them (see `distcurv.curvature.steady_basis`).  The rotation is part of a
+matrix's state; statistics go to the service against the installed basis itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, MutableMapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from distcurv.curvature.four_block import FourBlockState, advance, init_state
+from distcurv.curvature.four_block_parts import Projections, project
+from distcurv.curvature.four_block_turn import turn
+from distcurv.curvature.spec import BlockSpec, Tensors
+from distcurv.curvature.statistics import encode_gradient
+from distcurv.curvature.steady_basis import steady_rotation
+from distcurv.optim.matrices import Matrix
+from distcurv.train.switch import Install
+
+_FOUR_BLOCK = FourBlockState._fields
+_ROTATIONS = ("rotation_out", "rotation_in")
+# What a matrix's state holds beside its step count; all of it in float32.
+FIELDS = (*_FOUR_BLOCK, *_ROTATIONS)
+
+
+class Bases(NamedTuple):
+    """U_G [Do, g] and U_A [Di, a] as they are used."""
+
+    out_Og: Tensor
+    in_Ia: Tensor
+
+
+class MatrixRule:
+    """The rule of one optimizer.
+
+    Args:
+        matrices: by block.
+        state: the optimizer's state by parameter.
+    """
+
+    def __init__(
+        self, matrices: Sequence[Matrix], state: MutableMapping[Tensor, dict[str, Any]]
+    ) -> None:
+        self._matrices = matrices
+        self._state = state
+        self._bases: dict[int, Bases] = {}
+
+    def statistic(
+        self, spec: BlockSpec, block: int, basis: Install, installed: Install
+    ) -> tuple[Tensors, Projections | None]:
+        """A block's statistic of its gradient against ``basis``, and the gradient's projections on
+        the bases in use where they were made on the way."""
+        matrix = self._matrices[block]
+        assert matrix.param.grad is not None
+        grad_OI = matrix.view(matrix.param.grad).float()
+        if basis is not installed:
+            return encode_gradient(spec, grad_OI, basis.tensors), None
+        used = self._used(block, installed)
+        made = project(grad_OI, *used)
+        state = self._state[matrix.param]
+        in_Oa, out_gI = made
+        if state:
+            in_Oa = None if in_Oa is None else in_Oa @ state["rotation_in"].mT
+            out_gI = None if out_gI is None else state["rotation_out"] @ out_gI
+        return encode_gradient(spec, grad_OI, basis.tensors, grad_Ua=in_Oa, Ug_grad=out_gI), made
+
+    def turn(self, old: Install, new: Install) -> None:
+        """Carry a block's state over to a new version."""
+        state = self._state[self._matrices[new.block].param]
+        if not state:
+            self._bases.pop(new.block, None)
+            return
+        before = self._used(new.block, old)
+        for name, side, used in zip(_ROTATIONS, ("G", "A"), before, strict=True):
+            lam = new.tensors[f"{side}.lam"]
+            state[name] = steady_rotation(new.tensors[f"{side}.U"], lam, used)
+        del self._bases[new.block]
+        after = self._used(new.block, new)
+        turned = turn(FourBlockState(*(state[name] for name in _FOUR_BLOCK)), *before, *after)
+        state.update(zip(_FOUR_BLOCK, turned, strict=True))
+
+    def update(
+        self,
+        group: dict[str, Any],
+        block_of: Mapping[int, int],
+        installed: Sequence[Install],
+        projections: Mapping[int, Projections],
+    ) -> None:
+        """One step of a param group's matrices."""
+        lr = float(group["lr"])
+        blocks = [
+            block_of[id(param)]
+            for param in group["params"]
+            if param.grad is not None and id(param) in block_of
+        ]
+        matrices = [self._matrices[block] for block in blocks]
+        states = [self._counted(block, installed[block]) for block in blocks]
+        bases = [self._used(block, installed[block]) for block in blocks]
+        directions = advance(
+            [FourBlockState(*(state[name] for name in _FOUR_BLOCK)) for state in states],
+            [m.view(m.param.grad) for m in matrices if m.param.grad is not None],
+            [used.out_Og for used in bases],
+            [used.in_Ia for used in bases],
+            steps=[state["step"] for state in states],
+            beta1=group["betas"][0],
+            beta2=group["betas"][1],
+            eps=group["eps"],
+            projections=[projections.get(block) for block in blocks],
+        )
+        if blocks and group["weight_decay"]:
+            torch._foreach_mul_([m.param for m in matrices], 1 - lr * group["weight_decay"])
+        for matrix, state, direction in zip(matrices, states, directions, strict=True):
+            param = matrix.param
+            if state["step"] == 1:
+                # The first basis diagonalises this very gradient: beside the diagonal there is
+                # only rounding, which the division by its own size would make a full update.
+                continue
+            if param.is_contiguous() and param.dtype == torch.float32:
+                direction.subtract_from(matrix.view(param), lr)
+            else:
+                param.sub_(direction.dense().view(param.shape).mul_(lr))
+
+    def _used(self, block: int, install: Install) -> Bases:
+        if block not in self._bases:
+            out_Og, in_Ia = install.tensors["G.U"], install.tensors["A.U"]
+            state = self._state[self._matrices[block].param]
+            if state:
+                out_Og, in_Ia = out_Og @ state["rotation_out"], in_Ia @ state["rotation_in"]
+            self._bases[block] = Bases(out_Og, in_Ia)
+        return self._bases[block]
+
+    def _counted(self, block: int, install: Install) -> dict[str, Any]:
+        """A matrix's state with its step counted on."""
+        matrix = self._matrices[block]
+        state = self._state[matrix.param]
+        if not state:
+            rank_out, rank_in = (install.tensors[f"{side}.U"].shape[-1] for side in ("G", "A"))
+            device = matrix.param.device
+            first = init_state(matrix.shape, rank_out, rank_in, device=device)
+            state.update(zip(_FOUR_BLOCK, first, strict=True))
+            state["rotation_out"] = torch.eye(rank_out, device=device)
+            state["rotation_in"] = torch.eye(rank_in, device=device)
+            state["step"] = 0
+        state["step"] += 1
+        return state
