@@ -39,9 +39,10 @@ class ServiceConfig:
     Attributes:
         rank: r of every side; a side with d <= r takes its full basis.
         preconditioner_upd_interval: T, steps between two installs of a block.
-        curvature_upd_interval: steps between two statistics, 1 <= it <= T.
+        curvature_upd_interval: steps between two statistics, 1 <= it <= T.  None: T // 2.
         early_steps: first steps in which owners refresh in process with a fifth of T and
-            install in the same step.  None: 4 T for low-rank kinds, 0 for dense ones.
+            install in the same step.  None: 4 T, at least 40, for low-rank kinds, 0 for dense
+            ones.
         early_divisor: T is divided by this in the early phase.
         factor_decay: EMA decay rho of a factor per statistic step, 0 <= rho < 1.
         encoding: how statistics travel: ``auto`` (fewer bytes) | ``sketch`` | ``dense``.
@@ -64,7 +65,7 @@ class ServiceConfig:
 
     rank: int = 16
     preconditioner_upd_interval: int = 10
-    curvature_upd_interval: int = 2
+    curvature_upd_interval: int | None = None
     early_steps: int | None = None
     early_divisor: int = 5
     factor_decay: float = 0.95
@@ -84,11 +85,12 @@ class ServiceConfig:
             value = getattr(self, field)
             require(_is_int(value) and value >= 1, self, field, "give an integer >= 1")
         interval = self.preconditioner_upd_interval
+        every = self.curvature_upd_interval
         require(
-            _is_int(self.curvature_upd_interval) and 1 <= self.curvature_upd_interval <= interval,
+            every is None or (_is_int(every) and 1 <= every <= interval),
             self,
             "curvature_upd_interval",
-            f"give an integer from 1 to preconditioner_upd_interval ({interval})",
+            f"give None or an integer from 1 to preconditioner_upd_interval ({interval})",
         )
         for field in ("early_steps", "install_delay", "max_staleness"):
             value = getattr(self, field)
@@ -141,10 +143,17 @@ class ServiceConfig:
         require(_is_int(self.seed), self, "seed", "give an integer")
 
     @property
+    def resolved_curvature_upd_interval(self) -> int:
+        """Steps between two statistics; by default two statistics to a window."""
+        if self.curvature_upd_interval is None:
+            return max(1, self.preconditioner_upd_interval // 2)
+        return self.curvature_upd_interval
+
+    @property
     def resolved_early_steps(self) -> int:
         """The length of the early phase in steps."""
         if self.early_steps is None:
-            return 4 * self.preconditioner_upd_interval
+            return max(4 * self.preconditioner_upd_interval, 40)
         return self.early_steps
 
     @property
@@ -164,6 +173,9 @@ class SoapConfig(ServiceConfig):
         source: where statistics come from: ``gradient`` | ``activations``.
     """
 
+    rank: int = 64
+    preconditioner_upd_interval: int = 5
+    early_divisor: int = 2
     source: str = "gradient"
     factor_decay: float = 0.9
     staleness_policy: str = "fallback"

@@ -36,7 +36,7 @@ class DemoSettings:
     steps: int | None = None
     ranks: int = 2
     workers: int = 1
-    rank: int = 16
+    rank: int = 64
     install_delay: int | None = None
     seed: int = 0
 

@@ -59,7 +59,7 @@ class LowRankSOAP(torch.optim.Optimizer):
         betas: tuple[float, float] = (0.9, 0.95),
         eps: float = 1e-8,
         weight_decay: float = 0.0,
-        rank: int = 16,
+        rank: int = 64,
         source: str = "gradient",
         workers: Workers = "auto",
         replay: Sequence[Sequence[int]] | None = None,

@@ -82,7 +82,7 @@ class Timetable:
         """The timetable that a config asks for."""
         return cls(
             interval=config.preconditioner_upd_interval,
-            capture_interval=config.curvature_upd_interval,
+            capture_interval=config.resolved_curvature_upd_interval,
             early_steps=config.resolved_early_steps,
             early_interval=max(1, config.preconditioner_upd_interval // config.early_divisor),
             install_delay=config.install_delay,

@@ -20,7 +20,7 @@ SHARED: list[tuple[str, list[Any], str]] = [
     ("preconditioner_upd_interval", [0, -1, 2.5, None, True], INTEGER),
     ("early_divisor", [0, -2, None, "5"], INTEGER),
     ("max_owners", [0, -1, 2.0], INTEGER),
-    ("curvature_upd_interval", [0, -1, 21, 1.5, None], "from 1 to preconditioner_upd_interval"),
+    ("curvature_upd_interval", [0, -1, 21, 1.5, True], "from 1 to preconditioner_upd_interval"),
     ("early_steps", [-1, 1.5, "all", True], OPTIONAL),
     ("install_delay", [-1, 0.5, "none"], OPTIONAL),
     ("max_staleness", [-1, INF], OPTIONAL),
@@ -127,7 +127,11 @@ def test_each_door_has_a_policy_that_fits_it() -> None:
 
 def test_what_none_stands_for() -> None:
     config = ServiceConfig(preconditioner_upd_interval=8)
-    assert config.resolved_early_steps == 32
+    assert config.resolved_early_steps == 40
+    assert ServiceConfig(preconditioner_upd_interval=20).resolved_early_steps == 80
+    assert config.resolved_curvature_upd_interval == 4
+    assert ServiceConfig(preconditioner_upd_interval=1).resolved_curvature_upd_interval == 1
+    assert ServiceConfig(curvature_upd_interval=3).resolved_curvature_upd_interval == 3
     assert config.resolved_max_staleness == 80
     assert ServiceConfig(early_steps=3, max_staleness=7).resolved_early_steps == 3
     assert ServiceConfig(early_steps=3, max_staleness=7).resolved_max_staleness == 7
