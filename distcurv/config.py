@@ -40,10 +40,10 @@ class ServiceConfig:
         rank: r of every side; a side with d <= r takes its full basis.
         preconditioner_upd_interval: T, steps between two installs of a block.
         curvature_upd_interval: steps between two statistics, 1 <= it <= T.  None: T // 2.
-        early_steps: first steps in which owners refresh in process with a fifth of T and
-            install in the same step.  None: 4 T, at least 40, for low-rank kinds, 0 for dense
+        early_steps: first steps in which owners refresh in process and install in the same
+            step.  None: 4 T, at least 40, for low-rank kinds, 0 for dense
             ones.
-        early_divisor: T is divided by this in the early phase.
+        early_interval: steps between two refreshes in the early phase (T where T is less).
         factor_decay: EMA decay rho of a factor per statistic step, 0 <= rho < 1.
         encoding: how statistics travel: ``auto`` (fewer bytes) | ``sketch`` | ``dense``.
         install_delay: None for real asynchrony.  k >= 0 is the deterministic mode: after the
@@ -67,7 +67,7 @@ class ServiceConfig:
     preconditioner_upd_interval: int = 10
     curvature_upd_interval: int | None = None
     early_steps: int | None = None
-    early_divisor: int = 5
+    early_interval: int = 2
     factor_decay: float = 0.95
     encoding: str = "auto"
     install_delay: int | None = None
@@ -81,7 +81,7 @@ class ServiceConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for field in ("rank", "preconditioner_upd_interval", "early_divisor", "max_owners"):
+        for field in ("rank", "preconditioner_upd_interval", "early_interval", "max_owners"):
             value = getattr(self, field)
             require(_is_int(value) and value >= 1, self, field, "give an integer >= 1")
         interval = self.preconditioner_upd_interval
@@ -175,7 +175,6 @@ class SoapConfig(ServiceConfig):
 
     rank: int = 64
     preconditioner_upd_interval: int = 5
-    early_divisor: int = 2
     source: str = "gradient"
     factor_decay: float = 0.9
     staleness_policy: str = "fallback"

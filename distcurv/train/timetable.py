@@ -84,7 +84,7 @@ class Timetable:
             interval=config.preconditioner_upd_interval,
             capture_interval=config.resolved_curvature_upd_interval,
             early_steps=config.resolved_early_steps,
-            early_interval=max(1, config.preconditioner_upd_interval // config.early_divisor),
+            early_interval=min(config.early_interval, config.preconditioner_upd_interval),
             install_delay=config.install_delay,
             inline=inline,
         )

@@ -20,7 +20,7 @@ from distcurv.train import checkpoint
 from distcurv.train.pipeline import Pipeline
 
 SPECS = [block_spec("a"), block_spec("b", (5, 7))]
-DETERMINISTIC = {"install_delay": 0, "early_steps": 2, "early_divisor": 2}
+DETERMINISTIC = {"install_delay": 0, "early_steps": 2, "early_interval": 2}
 FREE: dict[str, Any] = {"early_steps": 2}
 
 

@@ -18,7 +18,7 @@ SECONDS = "give a number of seconds > 0"
 SHARED: list[tuple[str, list[Any], str]] = [
     ("rank", [0, -1, 1.5, 16.0, True, "16", None, NAN], INTEGER),
     ("preconditioner_upd_interval", [0, -1, 2.5, None, True], INTEGER),
-    ("early_divisor", [0, -2, None, "5"], INTEGER),
+    ("early_interval", [0, -2, None, "5"], INTEGER),
     ("max_owners", [0, -1, 2.0], INTEGER),
     ("curvature_upd_interval", [0, -1, 21, 1.5, True], "from 1 to preconditioner_upd_interval"),
     ("early_steps", [-1, 1.5, "all", True], OPTIONAL),

@@ -19,7 +19,7 @@ def timetables(draw: st.DrawFn, *, modes: tuple[str, ...] = ("free", "delay")) -
         preconditioner_upd_interval=interval,
         curvature_upd_interval=draw(st.integers(1, interval)),
         early_steps=draw(st.integers(0, 30)),
-        early_divisor=draw(st.integers(1, 6)),
+        early_interval=draw(st.integers(1, 6)),
         install_delay=draw(st.integers(0, min(30, 12 * interval))) if deterministic else None,
     )
     return Timetable.from_config(config, inline=draw(st.booleans()))
@@ -169,9 +169,9 @@ def test_together_says_that_a_collective_begins_and_ends_within_the_step(table: 
 
 
 def test_the_early_phase_of_a_config() -> None:
-    config = ServiceConfig(preconditioner_upd_interval=20, early_divisor=5)
+    config = ServiceConfig(preconditioner_upd_interval=20, early_interval=4)
     table = Timetable.from_config(config, inline=False)
     assert (table.early_steps, table.early_interval) == (80, 4)
     assert Timetable.from_config(KfacConfig(kind="dense"), inline=False).early_steps == 0
-    short = ServiceConfig(preconditioner_upd_interval=2, curvature_upd_interval=1)
+    short = ServiceConfig(preconditioner_upd_interval=1, early_interval=4)
     assert Timetable.from_config(short, inline=False).early_interval == 1
