@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from distcurv.optim import LowRankSOAP
     from distcurv.train.group import RankGroup
     from distcurv.train.lanes import OwnerLinks
+    from distcurv.train.placement import Load
     from distcurv.train.preconditioner import Preconditioner
 
 __version__ = "0.1.0"
@@ -51,10 +52,10 @@ def __getattr__(name: str) -> object:
     return value
 
 
-def _connect(workers: provider.Workers, group: RankGroup) -> OwnerLinks:
+def _connect(workers: provider.Workers, group: RankGroup, load: Load) -> OwnerLinks:
     from distcurv.wiring import owner_links
 
-    return owner_links(workers, group)
+    return owner_links(workers, group, load)
 
 
 def _events(who: str) -> Callable[..., None]:

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from distcurv.errors import ConfigError
 
 STALENESS_POLICIES = ("keep", "fallback")
+AUTO_ROWS_PER_RANK, MIN_AUTO_ROWS = 4, 256  # max_rows="auto"
 MAX_HEARTBEAT = 5.0  # seconds; a service ends a session after 10 s of silence
 MAX_DELAY_WINDOWS = 12  # windows between a statistic and its install; a service holds 16 bases
 
@@ -45,6 +46,9 @@ class ServiceConfig:
             ones.
         early_interval: steps between two refreshes in the early phase (T where T is less).
         factor_decay: EMA decay rho of a factor per statistic step, 0 <= rho < 1.
+        max_rows: statistics from activations read at most so many rows (tokens, positions) of each
+            call, drawn anew at every step without bias.  ``auto``: 4 ``rank``, at least 256 (all
+            rows for dense kinds).  None: all rows.
         encoding: how statistics travel: ``auto`` (fewer bytes) | ``sketch`` | ``dense``.
         install_delay: None for real asynchrony.  k >= 0 is the deterministic mode: after the
             early phase a version based on step t is installed exactly at t + k, and step()
@@ -60,7 +64,7 @@ class ServiceConfig:
         wait_timeout: seconds that the modes which may wait (deterministic, in-process) wait
             for a version before they raise.
         check_replicas: compare a fingerprint of the gradients over ranks at every sync point.
-        seed: seed of the random first bases (and of ``mc`` samples).
+        seed: seed of the random first bases, of the drawn rows and of ``mc`` samples.
     """
 
     rank: int = 16
@@ -69,6 +73,7 @@ class ServiceConfig:
     early_steps: int | None = None
     early_interval: int = 2
     factor_decay: float = 0.95
+    max_rows: int | str | None = "auto"
     encoding: str = "auto"
     install_delay: int | None = None
     max_staleness: int | None = None
@@ -113,6 +118,13 @@ class ServiceConfig:
             "factor_decay",
             "give a number in [0, 1)",
         )
+        rows = self.max_rows
+        require(
+            rows is None or rows == "auto" or (_is_int(rows) and rows >= 1),  # type: ignore[operator]
+            self,
+            "max_rows",
+            "use 'auto', None or an integer >= 1",
+        )
         require(
             self.encoding in ("auto", "sketch", "dense"),
             self,
@@ -155,6 +167,13 @@ class ServiceConfig:
         if self.early_steps is None:
             return max(4 * self.preconditioner_upd_interval, 40)
         return self.early_steps
+
+    @property
+    def resolved_max_rows(self) -> int | None:
+        """The most rows of a call that are read; None for all."""
+        if isinstance(self.max_rows, str):
+            return max(MIN_AUTO_ROWS, AUTO_ROWS_PER_RANK * self.rank)
+        return self.max_rows
 
     @property
     def resolved_max_staleness(self) -> int:
@@ -267,3 +286,10 @@ class KfacConfig(ServiceConfig):
         if self.early_steps is None and self.kind == "dense":
             return 0
         return super().resolved_early_steps
+
+    @property
+    def resolved_max_rows(self) -> int | None:
+        """The most rows of a call that are read; None for all, as dense kinds need."""
+        if self.max_rows == "auto" and self.kind == "dense":
+            return None
+        return super().resolved_max_rows

@@ -1,11 +1,13 @@
 """The one place where the training side meets the worker side.
 
 Turns ``workers=`` into links: an in-process service tied to a memory link, endpoints from the
-environment or the caller, or a worker process spawned on this node.
+environment or the caller, or a worker process spawned on each node.  ``"auto"`` takes the
+environment's endpoints; without them it asks `distcurv.train.placement` whether a worker pays.
 """
 
 from __future__ import annotations
 
+import logging
 import os
 import threading
 from collections.abc import Callable, Sequence
@@ -14,14 +16,18 @@ import torch
 
 from distcurv.errors import ConfigError, DistcurvError, LinkError, StateError
 from distcurv.observe.events import from_environment
+from distcurv.train.cores import from_vector, own_cores, spare_cores, to_vector
 from distcurv.train.group import RankGroup
 from distcurv.train.lanes import OwnerLinks
+from distcurv.train.placement import WORKER, Load, choose
 from distcurv.train.provider import Workers
 from distcurv.wire import Link, Server, bind, connect
 from distcurv.wire.endpoints import parse_connectable
 from distcurv.worker.loop import run
 from distcurv.worker.service import Service
 from distcurv.worker.settings import WorkerSettings
+
+log = logging.getLogger("distcurv")
 
 ENDPOINTS_VARIABLE = "DISTCURV_ENDPOINTS"
 _ENDPOINT_BYTES = 1024  # room for a node's endpoints when they are told to the other ranks
@@ -66,13 +72,13 @@ class InlineService:
             thread.join(5.0)
 
 
-def owner_links(workers: Workers, group: RankGroup) -> OwnerLinks:
+def owner_links(workers: Workers, group: RankGroup, load: Load) -> OwnerLinks:
     """The connector that `distcurv` registers; called on all ranks together.
 
-    Raises `ConfigError` for a ``workers`` of an unknown form and `EndpointError` for malformed
-    endpoints."""
+    Raises `ConfigError` for a ``workers`` of an unknown form, `EndpointError` for malformed
+    endpoints and `MismatchError` when the ranks ask for different forms."""
     inline = InlineService(group.device, from_environment(f"rank{group.rank}"))
-    endpoints, end_spawned = _endpoints(workers, group)
+    endpoints, end_spawned = _endpoints(workers, group, load)
 
     def remote(endpoint: str) -> Callable[[], Link]:
         return lambda: connect(endpoint)
@@ -86,17 +92,38 @@ def owner_links(workers: Workers, group: RankGroup) -> OwnerLinks:
     )
 
 
-def _endpoints(workers: Workers, group: RankGroup) -> tuple[list[str], Callable[[], None]]:
+def _endpoints(
+    workers: Workers, group: RankGroup, load: Load
+) -> tuple[list[str], Callable[[], None]]:
+    given = _given(workers)
+    # Deciding takes collectives, which a rank that is told its endpoints would not join.
+    group.agree(
+        "whether workers are used",
+        2 if given is None else min(1, len(given)),
+        "0 stands for none, 1 for endpoints, 2 for 'auto' without any; give all ranks endpoints "
+        f"or none, in workers= or in {ENDPOINTS_VARIABLE}",
+    )
+    if given is not None:
+        return given, lambda: None
+    nodes = group.nodes()
+    cores = [from_vector(vector) for vector in group.gather(to_vector(own_cores()))]
+    choice = choose(load, spare_cores(nodes, cores))
+    spawns = choice.place == WORKER
+    if group.rank == 0:
+        what = "a worker on each node" if spawns else "refreshing in process"
+        log.info('workers="auto" means %s: %s', what, choice.reason)
+    return _spawn_one_per_node(group, nodes) if spawns else ([], lambda: None)
+
+
+def _given(workers: Workers) -> list[str] | None:
+    """The endpoints that are given, none for ``"inline"``; None where it is to be decided."""
     if workers in (0, "inline"):
-        return [], lambda: None
+        return []
     if workers == "auto":
         told = [e.strip() for e in os.environ.get(ENDPOINTS_VARIABLE, "").split(",")]
-        told = [e for e in told if e]
-        if told:
-            return _checked(told), lambda: None
-        return _spawn_one_per_node(group)
+        return _checked([e for e in told if e]) or None
     if isinstance(workers, Sequence) and not isinstance(workers, str) and workers:
-        return _checked(workers), lambda: None
+        return _checked(workers)
     raise ConfigError(
         f"workers is {workers!r}: use 0 or 'inline', 'auto', or a list of endpoints such as "
         "['tcp://127.0.0.1:5555']"
@@ -117,11 +144,12 @@ def _checked(endpoints: Sequence[str]) -> list[str]:
     return list(endpoints)
 
 
-def _spawn_one_per_node(group: RankGroup) -> tuple[list[str], Callable[[], None]]:
+def _spawn_one_per_node(
+    group: RankGroup, nodes: Sequence[int]
+) -> tuple[list[str], Callable[[], None]]:
     """The first rank of each node starts a worker and tells its endpoint to the node's ranks."""
     from distcurv.launcher.supervisor import Supervisor
 
-    nodes = group.nodes()
     first = nodes.index(nodes[group.rank])
     note = torch.zeros(_ENDPOINT_BYTES, dtype=torch.uint8)
     end: Callable[[], None] = lambda: None  # noqa: E731

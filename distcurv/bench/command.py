@@ -30,6 +30,14 @@ BENCHMARKS: dict[str, tuple[str, str]] = {
         "distcurv.bench.wire_command",
         "statistics and preconditioners over each link: GB/s, latency, CPU time per byte",
     ),
+    "offload": (
+        "distcurv.bench.offload_command",
+        "refreshes on a worker, in process, and shared by the ranks: where a worker pays",
+    ),
+    "converge": (
+        "distcurv.bench.converge_command",
+        "loss against steps and against seconds, every method with as many tried settings",
+    ),
     "staleness": (
         "distcurv.bench.staleness_command",
         "final loss of LowRankSOAP against the age of what it installs",

@@ -55,17 +55,16 @@ def make_case(d: int, r: int, blocks: int, device: str, *, tail: str = "isotropi
     weight = torch.zeros((), dtype=torch.float64)
     statistic: Tensors = {}
     for window in range(WINDOWS):
-        rows_BNd = _rows(blocks, d, device, generator)
         if window == 0:
             # Two passes before there is anything to be warm from.
-            basis = turned_basis(spec, basis, _statistic(spec, rows_BNd, basis))
-        statistic = _statistic(spec, rows_BNd, basis)
+            state_of_generator = generator.get_state()
+            statistic, _ = _statistic(spec, basis, generator)
+            basis = turned_basis(spec, basis, statistic)
+            generator.set_state(state_of_generator)
+        statistic, mean_dd = _statistic(spec, basis, generator)
         shares = ema_weights(DECAY, torch.tensor(STEPS), weight)
         weight = shares.weight
-        first_Nd = rows_BNd[0]
-        factor_dd = float(shares.old_share) * factor_dd + (
-            float(shares.new_share) / len(first_Nd)
-        ) * (first_Nd.mT @ first_Nd)
+        factor_dd = float(shares.old_share) * factor_dd + float(shares.new_share) * mean_dd
         if window < WINDOWS - 1:
             refreshed = kind.refresh(spec, state, statistic, basis)
             state, basis = refreshed.state, refreshed.published
@@ -105,25 +104,39 @@ def best_residual(case: Case) -> float:
 def nominal_flops(d: int, r: int) -> float:
     """Floating point operations of one side's refresh, terms in d alone dropped.
 
-    Sketch to eigenpairs: core, triangular solve, QR with its Q, turn (2 + 1 + 4 + 2) d r²;
-    innovation 4 d r²; fold of d×2r: QR with its Q (16 d r²) and turn (8 d r²); two small SVDs of r
-    and 2r at about 20 n³."""
+    Where 2r ≤ d: eight products of 2 d r² (Uᵀ and Qᵀ times Y, Y less its projection, three Gram
+    matrices, the new basis of 2r columns), an eigendecomposition of 2r at 10 n³, and about 20 r³
+    for the other small matrices.
+
+    Else, as `nystrom` and `fold` do it: core, triangular solve, QR with its Q, turn
+    (2 + 1 + 4 + 2) d r²; innovation 4 d r²; fold of d×2r: QR with its Q (16 d r²) and turn
+    (8 d r²); two small SVDs of r and 2r at about 20 n³."""
+    if 2 * r <= d:
+        return 16.0 * d * r**2 + 10.0 * (2 * r) ** 3 + 20.0 * r**3
     return 37.0 * d * r**2 + 20.0 * (r**3 + (2 * r) ** 3)
 
 
-def _rows(blocks: int, d: int, device: str, generator: torch.Generator) -> Tensor:
+def _statistic(
+    spec: BlockSpec, basis: Tensors, generator: torch.Generator
+) -> tuple[Tensors, Tensor]:
+    """The statistic of d new rows of every block, and the mean [d, d] of the first block's.
+
+    The rows of all blocks at once would not fit into a small machine's memory."""
+    side, U_Bdr = spec.sides[0], basis["A.U"]
+    parts = []
+    for block, U_dr in enumerate(U_Bdr):
+        rows_Nd = _rows(side.dim, U_dr.device, generator)
+        parts.append(encode_rows(side, rows_Nd, U_dr))
+        if block == 0:
+            mean_dd = rows_Nd.mT @ rows_Nd / len(rows_Nd)
+    statistic = {f"A.{name}": torch.stack([part[name] for part in parts]) for name in parts[0]}
+    ones_B = U_Bdr.new_ones(len(U_Bdr))
+    return statistic | {"A.count": ones_B * side.dim, "steps": ones_B * STEPS}, mean_dd
+
+
+def _rows(d: int, device: torch.device, generator: torch.Generator) -> Tensor:
     scale_d = torch.arange(1, d + 1, device=device, dtype=torch.float32).rsqrt()
-    return torch.randn(blocks, d, d, device=device, generator=generator) * scale_d
-
-
-def _statistic(spec: BlockSpec, rows_BNd: Tensor, basis: Tensors) -> Tensors:
-    side = spec.sides[0]
-    encoded = encode_rows(side, rows_BNd, basis["A.U"])
-    statistic = {f"A.{name}": tensor for name, tensor in encoded.items()}
-    ones_B = rows_BNd.new_ones(len(rows_BNd))
-    statistic["A.count"] = ones_B * rows_BNd.shape[1]
-    statistic["steps"] = ones_B * STEPS
-    return statistic
+    return torch.randn(d, d, device=device, generator=generator) * scale_d
 
 
 def _residual(factor_dd: Tensor, approximation_dd: Tensor) -> float:

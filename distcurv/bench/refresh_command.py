@@ -10,6 +10,7 @@ from typing import Any
 from distcurv.bench.arguments import at_least, device, numbers
 
 _MATMUL = 1024  # size of the product that stands for what the machine can do
+_TURN = 0.02  # seconds: what a turn of one method takes at least, in as many calls as it needs
 _RESIDUAL_MAX = 2048  # beyond it the exact eigenvalues alone take minutes on one core
 
 
@@ -62,6 +63,7 @@ def run(args: argparse.Namespace) -> int:
             "blocks": args.blocks,
             "tail": "isotropic",
             "clock": "wall" if args.device == "cuda" else "processor time",
+            "seconds_per_turn": _TURN,
         },
         args.device,
     )
@@ -94,7 +96,11 @@ def measure(
     where: str,
     advance: Callable[[], None],
 ) -> list[dict[str, Any]]:
-    """One row for each rank below d; all methods have a turn in each repetition."""
+    """One row for each rank below d; all methods have a turn in each repetition.
+
+    A worker refreshes one block after the other, so a turn of less than `_TURN` seconds has several
+    calls, for every method alike: a single one would time the caches that another has filled.
+    """
     import torch
 
     from distcurv.bench import refresh_cases as cases
@@ -115,16 +121,15 @@ def measure(
     }
     for r, case in used.items():
         work[r] = lambda case=case: cases.refresh(case)  # type: ignore[misc]
+    calls = {name: _calls(call, where) for name, call in work.items()}
     seconds: dict[str | int, list[float]] = {name: [] for name in work}
-    for name, call in work.items():
-        if name != "eigh" or where == "cuda":  # nothing to warm up there, and it takes long
-            call()
     order = list(work)
     for repetition in range(repetitions):
         for name in order if repetition % 2 == 0 else reversed(order):
             start = work_time(where)
-            work[name]()
-            seconds[name].append(work_time(where) - start)
+            for _ in range(calls[name]):
+                work[name]()
+            seconds[name].append((work_time(where) - start) / calls[name])
         advance()
     matmul_rates = [2 * _MATMUL**3 / s / 1e9 for s in seconds["matmul"]]
     rows = []
@@ -138,6 +143,10 @@ def measure(
             "d": d,
             "r": r,
             "blocks": blocks,
+            "calls_per_turn": {
+                name: calls[key]
+                for name, key in (("refresh", r), ("eigh", "eigh"), ("cholesky", "cholesky"))
+            },
             "ms_per_block": per_block,
             "speedup_over_eigh": per_block["eigh"]["median"] / per_block["refresh"]["median"],
             "speedup_over_cholesky": per_block["cholesky"]["median"]
@@ -159,6 +168,20 @@ def measure(
             }
         rows.append(row)
     return rows
+
+
+def _calls(work: Callable[[], object], where: str) -> int:
+    """How many calls make a turn; the first of the two here is for warming up."""
+    from distcurv.bench.clock import work_time
+
+    taken = 0.0
+    for _ in range(2):
+        start = work_time(where)
+        work()
+        taken = work_time(where) - start
+        if taken > _TURN:
+            return 1
+    return max(1, round(_TURN / max(taken, 1e-5)))
 
 
 def _cells(row: dict[str, Any]) -> list[str]:

@@ -1,4 +1,4 @@
-"""``distcurv bench staleness``: final loss of LowRankSOAP against the age of what it installs.
+"""``distcurv bench staleness``: final loss against the age of what is installed.
 
 In process and in the deterministic mode: a version based on step t is installed exactly at t + k,
 so two delays differ in nothing else.
@@ -7,213 +7,166 @@ so two delays differ in nothing else.
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Sequence
-from pathlib import Path
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
-from distcurv.bench.arguments import at_least, numbers
+from distcurv.bench.arguments import at_least, numbers, words
 from distcurv.errors import ConfigError
 
-_TASKS = ("autoencoder", "charlm")
+if TYPE_CHECKING:
+    from distcurv.bench.staleness_study import StalenessStudy
+
+_TASKS = ("digits", "charlm", "charlm-small", "autoencoder-big")
+_ARMS = ("with", "without")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options of ``distcurv bench staleness``."""
     add = parser.add_argument
-    add("--task", default="autoencoder", help=f"{' or '.join(_TASKS)} of distcurv demo (default "
-        "autoencoder)")  # fmt: skip
+    add(
+        "--tasks",
+        type=words(_TASKS),
+        default=("digits",),
+        metavar="LIST",
+        help=f"some of {', '.join(_TASKS)}, the tasks of bench converge (default digits)",
+    )
     add(
         "--delays",
         type=numbers(0),
-        default=(0, 5, 20, 50, 100),
+        default=(0, 1, 5, 20, 100),
         metavar="LIST",
-        help="values of install_delay in steps (default 0,5,20,50,100)",
+        help="values of install_delay in steps; learning rates are tuned at the first (default "
+        "0,1,5,20,100)",
+    )
+    add(
+        "--batches",
+        type=numbers(1),
+        default=(64, 256, 1024),
+        metavar="LIST",
+        help="batch sizes: images, or tokens in windows of 64 (default 64,256,1024)",
+    )
+    add(
+        "--correction",
+        type=words(_ARMS),
+        default=_ARMS,
+        metavar="LIST",
+        help="with: LowRankSOAP; without: low-rank K-FAC over SGD with momentum (default both)",
+    )
+    add(
+        "--grid-points",
+        type=at_least(1),
+        default=7,
+        metavar="N",
+        help="learning rates that are tried for each batch size and method (default 7)",
     )
     add("--seeds", type=at_least(1), default=3, metavar="N", help="trainings each (default 3)")
     add("--steps", type=at_least(1), metavar="N", help="of each training (default: the task's)")
-    add("--rank", type=at_least(1), default=16, metavar="R", help="the low rank r (default 16)")
     add(
-        "--interval",
+        "--jobs",
         type=at_least(1),
-        default=10,
-        metavar="T",
-        help="steps between two installs (default 10)",
+        default=1,
+        metavar="N",
+        help="trainings that run side by side (default 1)",
     )
-    add("--lr", type=float, metavar="LR", help="of LowRankSOAP (default: the task's)")
 
 
 def run(args: argparse.Namespace) -> int:
-    """Train, print, write."""
-    import importlib.util
-
-    from distcurv.bench.clock import one_thread
+    """Train, print, write; what an interrupted run has finished is not done again."""
+    from distcurv.bench.converge_pool import Pool
+    from distcurv.bench.converge_request import Cache, Request
     from distcurv.bench.output import Record
-    from distcurv.bench.show import Bar, show_files, show_table
-    from distcurv.demo.tasks import TASKS
+    from distcurv.bench.show import Bar, show_files
+    from distcurv.bench.staleness_picture import draw
 
-    if args.task not in _TASKS:
-        raise ConfigError(f"--task is {args.task!r}: choose one of {', '.join(_TASKS)}")
-    if args.lr is not None and not 0 < args.lr < float("inf"):
-        raise ConfigError(f"--lr is {args.lr}: give a number > 0")
-    if args.task == "autoencoder" and importlib.util.find_spec("sklearn") is None:
-        raise ConfigError("--task autoencoder needs scikit-learn: pip install 'distcurv[bench]'")
-    task = TASKS[args.task]
-    steps = args.steps or task.default_steps
-    lr = args.lr or task.distcurv_lr
-    settings = {
-        "task": args.task,
-        "steps": steps,
-        "seeds": list(range(args.seeds)),
-        "rank": args.rank,
-        "interval": args.interval,
-        "lr": lr,
-        "baseline_lr": task.baseline_lr,
-        "loss_unit": task.unit,
-    }
+    _check(args)
+    studies = [_study(task, args) for task in args.tasks]
+    settings = {key: value for key, value in vars(args).items() if key not in ("benchmark", "out")}
     record = Record(args, settings)
-    delays: list[int | None] = [None, *args.delays]
-    with one_thread(), Bar("staleness", len(delays) * args.seeds) as bar:
-        rows = [
-            row_of(args.task, delay, args.seeds, steps, args.rank, args.interval, lr, bar)
-            for delay in delays
-        ]
+    cache = Cache(record.file.parent / "trainings")
+    with Bar("staleness", sum(study.trainings() for study in studies)) as bar:
+
+        def done(request: Request) -> None:
+            bar.at(
+                f"{request.task} {request.method} batch {request.rows} delay "
+                f"{request.install_delay} lr {request.lr:g} seed {request.seed}"
+            )
+            bar.advance()
+
+        known = Pool(cache, args.jobs, done).complete(
+            lambda known: [request for study in studies for request in study.wanted(known)]
+        )
+    rows = [row for study in studies for row in study.rows(known)]
     content = record.write(rows)
-    draw(record.picture, content)
-    show_table(
-        f"{args.task}, {steps} steps, r = {args.rank}, T = {args.interval}: final loss "
-        f"({task.unit})",
-        ("training", "mean", "min", "max", "seeds", "over delay " + str(args.delays[0])),
-        _cells(rows),
-    )
+    draw(record.picture, args.tasks, args.batches, content)
+    _show(rows, args.delays)
     show_files(record.file, record.picture)
     return 0
 
 
-def row_of(
-    task: str,
-    delay: int | None,
-    seeds: int,
-    steps: int,
-    rank: int,
-    interval: int,
-    lr: float,
-    bar: Any,
-) -> dict[str, Any]:
-    """All seeds of one delay; the baseline AdamW where it is None."""
-    from statistics import fmean
+def _check(args: argparse.Namespace) -> None:
+    from distcurv.bench.converge_tasks import TASKS, require_data
+    from distcurv.config import MAX_DELAY_WINDOWS, SoapConfig
 
-    losses: list[float] = []
-    staleness: list[int] = []
-    for seed in range(seeds):
-        bar.at("AdamW" if delay is None else f"delay {delay}")
-        loss, worst = train(task, delay, seed, steps, rank, interval, lr)
-        losses.append(loss)
-        staleness.append(worst)
-        bar.advance()
-    return {
-        "method": "AdamW" if delay is None else "LowRankSOAP",
-        "install_delay": delay,
-        "final_losses": losses,
-        "mean": fmean(losses),
-        "min": min(losses),
-        "max": max(losses),
-        "max_staleness": None if delay is None else max(staleness),
-    }
-
-
-def train(
-    task_name: str, delay: int | None, seed: int, steps: int, rank: int, interval: int, lr: float
-) -> tuple[float, int]:
-    """One training; its final loss and the largest staleness that occurred.
-
-    Raises:
-        StateError: the loss is not finite at the end.
-    """
-    import math
-
-    import torch
-
-    from distcurv.demo.tasks import TASKS
-    from distcurv.demo.train import BETAS
-    from distcurv.errors import StateError
-    from distcurv.optim.lowrank_soap import LowRankSOAP
-
-    task = TASKS[task_name]
-    model = task.build(seed)
-    ours: LowRankSOAP | None = None
-    optimizer: torch.optim.Optimizer
-    if delay is None:
-        optimizer = torch.optim.AdamW(
-            model.parameters(), lr=task.baseline_lr, betas=BETAS, weight_decay=task.weight_decay
+    require_data(args.tasks)
+    for name in args.tasks:
+        for batch in args.batches:
+            if batch % TASKS[name].rows_per_sample:
+                raise ConfigError(
+                    f"--batches has {batch}: {name} has {TASKS[name].rows_per_sample} tokens to a "
+                    "window, give multiples of it"
+                )
+            if TASKS[name].rows_per_sample == 1 and batch > 1797:
+                raise ConfigError(
+                    f"--batches has {batch}: {name} has 1797 images, give at most so many"
+                )
+    longest = MAX_DELAY_WINDOWS * SoapConfig().preconditioner_upd_interval
+    if max(args.delays) > longest:
+        raise ConfigError(
+            f"--delays has {max(args.delays)}, and install_delay may be at most {longest}: leave "
+            "it out"
         )
-    else:
-        optimizer = ours = LowRankSOAP(
-            model,
-            lr=lr,
-            betas=BETAS,
-            weight_decay=task.weight_decay,
-            rank=rank,
-            workers="inline",
-            preconditioner_upd_interval=interval,
-            curvature_upd_interval=min(2, interval),
-            install_delay=delay,
-            seed=seed,
-        )
-    try:
-        for step in range(steps):
-            optimizer.zero_grad(set_to_none=True)
-            task.loss(model, task.batches(step, 0, 1, seed)).backward()
-            optimizer.step()
-        loss = task.evaluate(model)
-        worst = 0 if ours is None else int(ours.metrics()["max_staleness"])
-    finally:
-        if ours is not None:
-            ours.close()
-    if not math.isfinite(loss):
-        raise StateError(
-            f"{task_name} with delay {delay} and seed {seed} ended with the loss {loss}: give a "
-            "lower --lr"
-        )
-    return loss, worst
 
 
-def _cells(rows: Sequence[dict[str, Any]]) -> list[list[str]]:
-    first = rows[1]["mean"]
-    form: Callable[[float], str] = lambda value: f"{value:.4f}"  # noqa: E731
-    return [
-        [
-            row["method"] if row["install_delay"] is None else f"delay {row['install_delay']}",
-            form(row["mean"]),
-            form(row["min"]),
-            form(row["max"]),
-            str(len(row["final_losses"])),
-            f"{row['mean'] / first - 1:+.1%}",
-        ]
-        for row in rows
-    ]
+def _study(task: str, args: argparse.Namespace) -> StalenessStudy:
+    from distcurv.bench.converge_tasks import TASKS
+    from distcurv.bench.staleness_study import StalenessStudy
 
-
-def draw(path: Path, content: dict[str, Any]) -> None:
-    """Mean final loss against the delay, every seed as a point, and AdamW as a band."""
-    from distcurv.bench.picture import OURS, PEER, new_figure, save
-
-    figure, (axes,) = new_figure(1, width=7)
-    baseline, *ours = content["results"]
-    axes.axhspan(baseline["min"], baseline["max"], color=PEER, alpha=0.2)
-    axes.axhline(baseline["mean"], color=PEER, label=f"AdamW: {baseline['mean']:.4g}")
-    delays = [row["install_delay"] for row in ours]
-    axes.plot(delays, [row["mean"] for row in ours], "o-", color=OURS, label="LowRankSOAP")
-    for row in ours:
-        points = row["final_losses"]
-        axes.plot([row["install_delay"]] * len(points), points, ".", color=OURS, alpha=0.5)
-    settings = content["settings"]
-    axes.set_xlabel("install_delay (steps)")
-    axes.set_ylabel(f"final loss ({settings['loss_unit']})")
-    axes.grid(True, alpha=0.2)
-    axes.legend()
-    save(
-        figure,
-        path,
-        f"{settings['task']}, {settings['steps']} steps, r = {settings['rank']}, "
-        f"T = {settings['interval']}, {len(settings['seeds'])} seeds",
+    return StalenessStudy(
+        task=task,
+        batches=args.batches,
+        arms=args.correction,
+        delays=args.delays,
+        points=args.grid_points,
+        seeds=args.seeds,
+        steps=args.steps or TASKS[task].steps,
     )
+
+
+def _show(rows: Sequence[Mapping[str, Any]], delays: Sequence[int]) -> None:
+    from distcurv.bench.show import show_table
+
+    lines: dict[tuple[str, int, str], list[Mapping[str, Any]]] = {}
+    for row in rows:
+        key = (row["task"], row["batch"], row["eigenvalue_correction"])
+        lines.setdefault(key, []).append(row)
+    show_table(
+        f"final loss, mean of the seeds, and what is lost over delay {delays[0]}",
+        ("task", "batch", "eigenvalue correction", "lr", *(f"delay {delay}" for delay in delays)),
+        [
+            [
+                task,
+                str(batch),
+                arm,
+                f"{own[0]['lr']:g}" + ("" if own[0]["best_is_inside"] else " (edge)"),
+                *(_cell(row) for row in own),
+            ]
+            for (task, batch, arm), own in lines.items()
+        ],
+    )
+
+
+def _cell(row: Mapping[str, Any]) -> str:
+    if row["mean"] is None:
+        return f"{row['diverged']} diverged"
+    over = row["over_first_delay"]
+    return f"{row['mean']:.4g}" + ("" if over is None else f" ({over:+.1%})")

@@ -1,8 +1,9 @@
 """The methods of one run of `bench step`, each with a model and, if it needs one, a worker.
 
 Every distcurv method has a worker process of its own (a worker serves one job at a time), on the
-worker's core.  An *idle* worker takes part up to the measured steps and is stopped (SIGSTOP) for
-them: what is left of a step's time is what distcurv costs when refreshes disturb nothing.
+worker's core.  An *idle* worker works between the timed steps only: it is stopped (SIGSTOP) for a
+step, and after it goes on until it has answered.  So the same versions are installed at the same
+steps, and what is left of a step's time is what distcurv costs when refreshes disturb nothing.
 """
 
 from __future__ import annotations
@@ -10,12 +11,14 @@ from __future__ import annotations
 import os
 import signal
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
-from distcurv.bench.clock import Cores, pinned
-from distcurv.bench.step_methods import METHODS, OURS, Knobs, Trainer
+from distcurv.bench.clock import Cores, pinned, synchronise
+from distcurv.bench.step_distcurv import DISTCURV
+from distcurv.bench.step_methods import TORCH, Knobs, Maker, Trainer
 from distcurv.bench.step_models import make_problem
 from distcurv.bench.step_peers import PEERS
 from distcurv.bench.step_phases import PhaseClock
@@ -24,30 +27,60 @@ from distcurv.launcher.supervisor import Supervisor
 from distcurv.train import metrics
 from distcurv.train.pipeline import Pipeline
 
-WORKERS = ("process", "inline", "idle")
+MAKERS: Mapping[str, Maker] = {**TORCH, **DISTCURV, **PEERS}
+RANKED = ("lowrank-soap", "kfac", "low-rank-asdl")
 _PATIENCE_S = 60.0
+
+
+class Variant(NamedTuple):
+    """A method with what it runs with; None where it has no such thing."""
+
+    method: str
+    rank: int | None = None
+    worker: str | None = None
+
+
+def variants(methods: Sequence[str], ranks: Sequence[int], workers: Sequence[str]) -> list[Variant]:
+    """Every method, once with each rank and each way to refresh that it has."""
+    return [
+        Variant(method, rank, worker)
+        for method in methods
+        for rank in (ranks if method in RANKED else [None])
+        for worker in (workers if method in DISTCURV else [None])
+    ]
+
+
+@dataclass
+class Turn:
+    """What was measured in a turn, by step unless said otherwise.
+
+    ``ms`` are wall times and ``phases`` their parts; ``captured``: it took statistics; ``places``
+    count the steps modulo the method's period.  ``cpu_ms`` is the processor time of the mean
+    step, ``products_ms`` that of the plain products of the apply's shapes, None without."""
+
+    ms: list[float]
+    phases: list[dict[str, float]]
+    captured: list[bool]
+    places: list[int]
+    cpu_ms: float
+    products_ms: float | None
 
 
 @dataclass
 class Member:
-    """One method at work; its worker, if it has one, and whether that is stopped when timed.
+    """One method at work; its worker, if it has one; what was measured; how many steps it did."""
 
-    ``step_ms`` are wall times by turn, ``cpu_ms`` the processor time of a turn's mean step;
-    ``phases`` (ms) and ``captured`` (it took statistics) are by step."""
-
-    name: str
+    variant: Variant
     trainer: Trainer
+    device: str = "cpu"
     supervisor: Supervisor | None = None
-    idle: bool = False
-    step_ms: list[list[float]] = field(default_factory=list)
-    cpu_ms: list[float] = field(default_factory=list)
-    phases: list[dict[str, float]] = field(default_factory=list)
-    captured: list[bool] = field(default_factory=list)
+    turns: list[Turn] = field(default_factory=list)
+    steps: int = 0
 
     @contextmanager
     def alone(self) -> Iterator[None]:
         """For the body only the training runs, if the worker is meant to be idle."""
-        if self.supervisor is None or not self.idle:
+        if self.supervisor is None or self.variant.worker != "idle":
             yield
             return
         pids = self.supervisor.pids
@@ -58,6 +91,8 @@ class Member:
         finally:
             for pid in pids:
                 os.kill(pid, signal.SIGCONT)
+        synchronise(self.device)
+        self.settle()
 
     def settle(self) -> None:
         """Wait until the worker has answered what it was sent, so that it disturbs nobody else.
@@ -68,28 +103,26 @@ class Member:
         if pipeline is not None:
             _await(
                 lambda: not metrics.collect(pipeline)["statistics_in_flight"],
-                f"the worker of {self.name} did not answer",
+                f"the worker of {self.variant.method} did not answer",
             )
 
 
 @contextmanager
 def make_crew(
-    names: Sequence[str],
+    chosen: Sequence[Variant],
     model: str,
     device: str,
-    worker: str,
     cores: Cores,
     *,
-    rank: int,
     interval: int,
-    capture_interval: int,
+    capture_interval: int | None,
 ) -> Iterator[list[Member]]:
     """All methods, ready for their first step; what they started ends with the body."""
     with ExitStack() as stack:
         crew = []
-        for name in names:
+        for variant in chosen:
             supervisor = None
-            if name in OURS and worker != "inline":
+            if variant.worker in ("process", "idle"):
                 with pinned(cores.worker):  # what is started here stays on that core
                     supervisor = stack.enter_context(
                         Supervisor(
@@ -101,17 +134,17 @@ def make_crew(
                         )
                     )
             knobs = Knobs(
-                rank,
+                variant.rank or 1,
                 interval,
                 capture_interval,
                 "inline" if supervisor is None else supervisor.endpoints,
             )
-            make = METHODS[name] if name in METHODS else PEERS[name]
+            make = MAKERS[variant.method]
             trainer = make(make_problem(model, device), knobs, PhaseClock(device))
             stack.callback(trainer.close)
             if trainer.pipeline is not None:
                 _await_links(trainer.pipeline)
-            crew.append(Member(name, trainer, supervisor, worker == "idle"))
+            crew.append(Member(variant, trainer, device, supervisor))
         yield crew
 
 

@@ -7,7 +7,7 @@ and Salakhutdinov 2006, a small transformer language model, a residual network f
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 
 import torch
@@ -31,6 +31,7 @@ class Problem:
         inputs, targets: the batch.
         logits: model output → what the loss function takes.
         loss_function: (logits, targets) → mean loss, has an argument ``reduction``.
+        sequences: a sample is a sequence, over whose positions the loss is averaged as well.
     """
 
     model: nn.Module
@@ -38,6 +39,7 @@ class Problem:
     targets: Tensor
     logits: Callable[[Tensor], Tensor]
     loss_function: Callable[..., Tensor]
+    sequences: bool = False
 
     def loss(self) -> Tensor:
         """The batch's loss, with its graph."""
@@ -45,12 +47,11 @@ class Problem:
 
     def to(self, device: str) -> Problem:
         """The same on a device."""
-        return Problem(
-            self.model.to(device),
-            self.inputs.to(device),
-            self.targets.to(device),
-            self.logits,
-            self.loss_function,
+        return replace(
+            self,
+            model=self.model.to(device),
+            inputs=self.inputs.to(device),
+            targets=self.targets.to(device),
         )
 
 
@@ -93,6 +94,7 @@ def _charlm() -> Problem:
         codes[:, 1:].flatten(),
         lambda out: out.flatten(0, 1),
         F.cross_entropy,
+        sequences=True,
     )
 
 

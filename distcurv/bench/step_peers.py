@@ -1,20 +1,18 @@
-"""The methods of `bench step` that other packages bring: SOAP, Shampoo, ASDL's K-FAC.
+"""The methods of `bench step` that other packages bring, and where those packages come from.
 
-The packages come with the extra ``bench``; each is imported only when its method is asked for.
+Each is imported only when its method is asked for.  Most come with the extra ``bench``; the rest
+are used where the user has them on the path.
 """
 
 from __future__ import annotations
 
-import contextlib
-import importlib.util
-import warnings
+import importlib
 from collections.abc import Mapping
+from typing import NamedTuple
 
-import torch
-from torch import Tensor, nn
-
-from distcurv.bench.step_methods import BETAS, LR, Knobs, Maker, Trainer, over
+from distcurv.bench.step_methods import BETAS, LR, Knobs, Maker, Trainer, momentum_sgd, over
 from distcurv.bench.step_models import Problem
+from distcurv.bench.step_peers_kfac import asdl_kfac, kfac_pytorch, low_rank_asdl
 from distcurv.bench.step_phases import PhaseClock
 from distcurv.errors import ConfigError
 
@@ -31,7 +29,7 @@ def soap(problem: Problem, knobs: Knobs, clock: PhaseClock) -> Trainer:
         precondition_frequency=knobs.interval,
     )
     about = f"pytorch_optimizer.SOAP, interval {knobs.interval}"
-    return over(problem, clock, [optimizer], about)
+    return over(problem, clock, [optimizer], about, knobs.interval)
 
 
 def shampoo(problem: Problem, knobs: Knobs, clock: PhaseClock) -> Trainer:
@@ -48,90 +46,72 @@ def shampoo(problem: Problem, knobs: Knobs, clock: PhaseClock) -> Trainer:
         matrix_eps=1e-4,
     )
     about = f"pytorch_optimizer.Shampoo, interval {knobs.interval}, no momentum"
-    return over(problem, clock, [optimizer], about)
+    return over(problem, clock, [optimizer], about, knobs.interval)
 
 
-def asdl_kfac(problem: Problem, knobs: Knobs, clock: PhaseClock) -> Trainer:
-    """K-FAC of ASDL: empirical Fisher, curvature and inverse every ``interval`` steps.
+def singd(problem: Problem, knobs: Knobs, clock: PhaseClock) -> Trainer:
+    """SINGD with dense structures on the layers that it knows, SGD with momentum on the rest.
 
-    Its curvature is captured inside its own forward and backward pass, so on those steps both are
-    one phase.  Norm layers and embeddings are left to SGD, as distcurv leaves them.
-    """
-    _stub_nvtx()
-    from asdl import FISHER_EMP, KfacGradientMaker, PreconditioningConfig
+    Its curvature is captured by hooks inside forward and backward, every ``interval`` steps."""
+    from singd.optim.optimizer import SINGD
 
-    ignored: list[type] = [nn.BatchNorm2d, nn.LayerNorm, nn.Embedding]
-    maker = KfacGradientMaker(
+    optimizer = SINGD(
         problem.model,
-        PreconditioningConfig(
-            data_size=len(problem.inputs),
-            damping=1e-2,
-            preconditioner_upd_interval=knobs.interval,
-            curvature_upd_interval=knobs.interval,
-            ema_decay=0.05,
-            ignore_modules=ignored,
-        ),
-        fisher_type=FISHER_EMP,
+        lr=LR,
+        damping=1e-2,
+        T=knobs.interval,
+        loss_average="batch+sequence" if problem.sequences else "batch",
+        normalize_lr_cov=True,  # so that the factors stay finite from the first step on
+        warn_unsupported=False,
     )
-    optimizer = torch.optim.SGD(problem.model.parameters(), lr=LR, momentum=0.9)
-    clock.watch(maker, "update_preconditioner", "refresh")
-    clock.watch(maker, "precondition", "apply")
-
-    def train_step() -> Tensor:
-        clock.start("forward_backward")
-        dummy = maker.setup_model_call(problem.model, problem.inputs)
-        if problem.targets.dim() == 1 and problem.inputs.dim() == 2:
-            dummy = dummy.flatten(0, 1)  # tokens
-        maker.setup_loss_call(problem.loss_function, dummy, problem.targets)
-        maker.setup_logits_repr(dummy)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", FutureWarning)  # of its old-style backward hooks
-            _, loss = maker.forward_and_backward()
-        clock.to("apply")
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        return loss
-
-    about = (
-        f"ASDL KfacGradientMaker, empirical Fisher, curvature and inverse every {knobs.interval} "
-        "steps, over torch.optim.SGD with momentum 0.9"
-    )
-    return Trainer(clock, train_step, about)
+    taken = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    rest = [p for p in problem.model.parameters() if id(p) not in taken]
+    optimizers = [optimizer, momentum_sgd(rest)] if rest else [optimizer]
+    about = f"singd.SINGD, dense structures, T = {knobs.interval}; SGD with momentum for the rest"
+    return over(problem, clock, optimizers, about, knobs.interval)
 
 
-class _NoRange(contextlib.ContextDecorator):
-    """Stands for ``torch.cuda.nvtx.range`` where torch has no CUDA."""
-
-    def __init__(self, *args: object, **kwargs: object) -> None:
-        return
-
-    def __enter__(self) -> None:
-        return
-
-    def __exit__(self, *exc: object) -> None:
-        return
+PEERS: Mapping[str, Maker] = {
+    "soap": soap,
+    "shampoo": shampoo,
+    "singd": singd,
+    "asdl-kfac": asdl_kfac,
+    "kfac-pytorch": kfac_pytorch,
+    "low-rank-asdl": low_rank_asdl,
+}
 
 
-def _stub_nvtx() -> None:
-    """ASDL marks ranges for a CUDA profiler at every turn, which a CPU build of torch refuses."""
-    if torch.version.cuda is None:
-        torch.cuda.nvtx.range = _NoRange  # type: ignore[assignment]
+class _Source(NamedTuple):
+    """The module that a method needs, and how the user gets it."""
+
+    module: str
+    how: str
 
 
-PEERS: Mapping[str, Maker] = {"soap": soap, "shampoo": shampoo, "asdl-kfac": asdl_kfac}
-
-_PACKAGES = {
-    "soap": ("pytorch_optimizer", "pytorch-optimizer"),
-    "shampoo": ("pytorch_optimizer", "pytorch-optimizer"),
-    "asdl-kfac": ("asdl", "asdfghjkl"),
+_EXTRA = "pip install 'distcurv[bench]'"
+_SOURCES = {
+    "soap": _Source("pytorch_optimizer", f"{_EXTRA} (the package is called pytorch-optimizer)"),
+    "shampoo": _Source("pytorch_optimizer", f"{_EXTRA} (the package is called pytorch-optimizer)"),
+    "singd": _Source("singd.optim.optimizer", _EXTRA),
+    # Two other packages of PyPI are imported as asdl and kfac as well.
+    "asdl-kfac": _Source("asdl.precondition", f"{_EXTRA} (the package is called asdfghjkl)"),
+    "kfac-pytorch": _Source(
+        "kfac.preconditioner",
+        "pip install git+https://github.com/gpauloski/kfac-pytorch",
+    ),
+    "low-rank-asdl": _Source(
+        "low_rank_asdl",
+        "put a checkout of github.com/dubachti/low_rank_asdl, in a folder of that name, on "
+        "PYTHONPATH",
+    ),
 }
 
 
 def require_package(method: str) -> None:
-    """Raise `ConfigError` when a peer's package is not installed."""
-    module, package = _PACKAGES[method]
-    if importlib.util.find_spec(module) is None:
-        raise ConfigError(
-            f"--methods has {method}, which needs the package {package}: pip install "
-            "'distcurv[bench]', or leave it out"
-        )
+    """Raise `ConfigError` when what a peer is made of cannot be imported here."""
+    source = _SOURCES[method]
+    refusal = f"--methods has {method}, which needs {source.module}: {source.how}, or leave it out"
+    try:
+        importlib.import_module(source.module)
+    except (ImportError, SyntaxError) as error:  # an installed package may be broken as well
+        raise ConfigError(f"{refusal} ({error})") from error

@@ -40,14 +40,8 @@ def ema_weights(decay: float, steps: Tensor, weight: Tensor) -> EmaWeights:
     """
     if not 0.0 <= decay < 1.0:
         raise ConfigError(f"decay is {decay}: give 0 <= decay < 1")
-    w = weight.double()
     kept = torch.pow(decay, steps.double())
     fresh = 1.0 - kept
-    total = kept * w + fresh
-    stays = steps <= 0
-    safe = torch.where(stays | (total <= 0), 1.0, total)
-    return EmaWeights(
-        old_share=torch.where(stays, 1.0, kept * w / safe),
-        new_share=torch.where(stays, 0.0, fresh / safe),
-        weight=torch.where(stays, w, total),
-    )
+    total = kept * weight.double() + fresh
+    new_share = fresh / torch.where(total > 0, total, 1.0)
+    return EmaWeights(1.0 - new_share, new_share, total)

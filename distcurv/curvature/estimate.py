@@ -96,8 +96,10 @@ def complete(
         NumericsError: more than rounding is missing (see `clamp_rounding`).
     """
     if tail == "isotropic":
-        lam_r, level = _level(lam_r, trace, U_dr.shape[-2])
-        return Estimate(U_dr, lam_r, level.unsqueeze(-1), trace)
+        left_over = (trace - lam_r.sum(-1)).unsqueeze(-1)
+        clamp_rounding(left_over, trace, "the isotropic tail")
+        level = isotropic_level(lam_r.flip(-1), left_over, U_dr.shape[-2])
+        return Estimate(U_dr, torch.maximum(lam_r, level), level, trace)
     if tail == "diagonal":
         assert diag_d is not None
         res_d = diag_d - (U_dr.square() * lam_r.unsqueeze(-2)).sum(-1)
@@ -107,22 +109,22 @@ def complete(
     return Estimate(U_dr, lam_r, None, trace)
 
 
-def _level(lam_r: Tensor, trace: Tensor, d: int) -> tuple[Tensor, Tensor]:
-    """Raise the smallest eigenvalues to the tail's level t, so that lam ≥ t and the trace holds.
+def isotropic_level(lam_r: Tensor, left: Tensor, d: int) -> Tensor:
+    """The isotropic tail t [..., 1]: with every eigenvalue below t raised to it the trace holds.
 
-    With the k smallest raised, t_k = (tr − Σ of the others) / (d − r + k); the right k is the first
-    whose smallest untouched eigenvalue is ≥ t_k. (Raising to t_0 once, then recomputing the tail,
-    goes wrong near r = d: the tail can come out negative.)
+    With the k smallest raised, t_k = (tr − Σ of the others) / (d − r + k). This falls with k
+    for as long as the next eigenvalue is below t_k, then grows: the right k has the smallest t_k.
+    (Raising to t_0 once, then recomputing the tail, goes wrong near r = d: it can come out
+    negative.)
+
+    Args:
+        lam_r: [..., r], ≥ 0, ascending.
+        left: tr − Σ lam [..., 1], not below 0 but for rounding.
+        d: dimension.
     """
     r = lam_r.shape[-1]
-    kept_sum = torch.cat([lam_r.new_zeros(*lam_r.shape[:-1], 1), lam_r.cumsum(-1)], -1)
-    left_over = trace.unsqueeze(-1) - kept_sum  # [..., r+1], by the number of untouched ones
-    untouched = torch.arange(r + 1, device=lam_r.device)
-    level = clamp_rounding(left_over, trace, "the isotropic tail") / (d - untouched).clamp(min=1)
     if d == r:
-        level[..., r] = 0.0
-    smallest = torch.cat([lam_r.new_full((*lam_r.shape[:-1], 1), torch.inf), lam_r], -1)
-    # The largest number of untouched eigenvalues that fits; 0 always does.
-    fits = torch.where(smallest >= level, untouched, 0).amax(-1, keepdim=True)
-    chosen = level.gather(-1, fits).squeeze(-1)
-    return torch.maximum(lam_r, chosen.unsqueeze(-1)), chosen
+        return torch.zeros_like(left)
+    shared = torch.cat([left, left + lam_r.cumsum(-1)], -1)
+    among = torch.arange(d - r, d + 1, device=lam_r.device)
+    return (shared / among).amin(-1, keepdim=True).clamp_(min=0)

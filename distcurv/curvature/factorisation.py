@@ -1,4 +1,4 @@
-"""The two factorisations that can fail to converge, with our error instead of PyTorch's.
+"""The factorisations that can fail to converge, with our error instead of PyTorch's.
 
 Both run in float64, so there is no better arithmetic left to try.
 """
@@ -31,8 +31,8 @@ def left_singular(matrix: Tensor) -> tuple[Tensor, Tensor]:
     return P, sigma
 
 
-def eigh_descending(matrix: Tensor) -> tuple[Tensor, Tensor]:
-    """Eigenvectors [..., d, d] and eigenvalues [..., d], descending, of a symmetric matrix.
+def eigh_ascending(matrix: Tensor) -> tuple[Tensor, Tensor]:
+    """Eigenvalues [..., d], ascending, and eigenvectors [..., d, d] of a symmetric matrix.
 
     In float64.  Raises `NumericsError` where the iteration does not converge.
     """
@@ -42,4 +42,10 @@ def eigh_descending(matrix: Tensor) -> tuple[Tensor, Tensor]:
         raise NumericsError(
             f"eigh of a {tuple(matrix.shape)} matrix failed in float64: {error}"
         ) from error
+    return lam, U
+
+
+def eigh_descending(matrix: Tensor) -> tuple[Tensor, Tensor]:
+    """Eigenvectors [..., d, d] and eigenvalues [..., d], descending; else as `eigh_ascending`."""
+    lam, U = eigh_ascending(matrix)
     return U.flip(-1), lam.flip(-1)

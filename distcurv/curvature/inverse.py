@@ -51,17 +51,18 @@ Inverse = LowRankInverse | DenseInverse
 def invert_low_rank(estimate: Estimate, damping: Tensor) -> LowRankInverse:
     """(estimate + damping · I)⁻¹ with the floor `FLOOR`, in the dtype of the estimate.
 
-    With D = D₀ I (isotropic or no tail) the eigenvectors do not turn and W = U √(w/(D₀(D₀ + w))).
-    With a diagonal tail, Woodbury: S = √w, K = I + S UᵀD⁻¹U S, W = D⁻¹ U S chol(K)⁻ᵀ, which has no
-    1/w in it. Tensor operations alone, nothing waits for the device; products in float64, so that
-    TF32 settings do not reach them.
+    With D = D₀ I (isotropic or no tail) the eigenvectors do not turn and W = U √(w/(D₀(D₀ + w))):
+    one pass over U in its own dtype. With a diagonal tail, Woodbury: S = √w, K = I + S UᵀD⁻¹U S,
+    W = D⁻¹ U S chol(K)⁻ᵀ, which has no 1/w in it. Tensor operations alone, nothing waits for the
+    device; products in float64, so that TF32 settings do not reach them.
 
     Args:
         estimate: a side's factor, [...] batch.
         damping: [...] ≥ 0. Where factor and damping are both zero the inverse is the identity.
     """
-    dtype = estimate.U_dr.dtype
-    estimate = estimate.double()
+    U_dr, lam_r, tail, _ = estimate
+    dtype = U_dr.dtype
+    estimate = estimate._replace(lam_r=lam_r.double(), tail=None if tail is None else tail.double())
     w_r = estimate.low_rank_weights().clamp(min=0)
     diagonal = damping.double().unsqueeze(-1)
     if estimate.tail is not None:
@@ -69,9 +70,9 @@ def invert_low_rank(estimate: Estimate, damping: Tensor) -> LowRankInverse:
     diagonal = torch.maximum(diagonal, FLOOR * estimate.lam_r.amax(-1, keepdim=True))
     diagonal = torch.where(diagonal > 0, diagonal, 1.0)
     if not estimate.has_diagonal_tail():
-        W_dr = estimate.U_dr * (w_r / (diagonal * (diagonal + w_r))).sqrt().unsqueeze(-2)
-        return LowRankInverse((1.0 / diagonal).to(dtype), W_dr.to(dtype))
-    US_dr = estimate.U_dr * w_r.sqrt().unsqueeze(-2)
+        scale_r = (w_r / (diagonal * (diagonal + w_r))).sqrt().to(dtype)
+        return LowRankInverse((1.0 / diagonal).to(dtype), U_dr * scale_r.unsqueeze(-2))
+    US_dr = U_dr * w_r.sqrt().unsqueeze(-2)
     DUS_dr = US_dr / diagonal.unsqueeze(-1)
     K_rr = US_dr.mT @ DUS_dr
     K_rr.diagonal(dim1=-2, dim2=-1).add_(1.0)

@@ -13,10 +13,13 @@ from torch import Tensor
 from distcurv.curvature.ema import EmaWeights
 from distcurv.curvature.estimate import Estimate, complete
 from distcurv.curvature.fold import fold
+from distcurv.curvature.fold_sketch import Folded, Sketch, fold_sketch
+from distcurv.curvature.innovation import innovation
 from distcurv.curvature.nystrom import nystrom
 from distcurv.curvature.power import power_eigenpairs
 from distcurv.curvature.spec import BlockSpec, SideSpec, Tensors
 from distcurv.curvature.triangle import unpack_triangle
+from distcurv.errors import NumericsError
 
 FIRST_PASSES = 2  # products with a dense factor before there is a basis to start from
 
@@ -55,20 +58,18 @@ def refresh_side(
     Raises:
         NumericsError: the statistic is no sum of rows, or a factorisation failed twice.
     """
-    dtype = old.U_dr.dtype
     count_B = torch.where(statistic["count"] > 0, statistic["count"], 1.0).double()
     if side.encoding == "dense":
-        mean_Bdd = unpack_triangle(statistic["packed"].double() / count_B[:, None], side.dim)
-        mean_Y_Bdr = mean_Bdd @ basis_Bdr.double()
-        estimate = _from_dense(side, old, known, mean_Bdd, shares)
+        estimate, innovation_B = _fold_dense(
+            side, old, known, statistic, count_B, basis_Bdr, shares
+        )
     else:
-        mean_Y_Bdr = statistic["Y"].double() / count_B[:, None, None]
-        second = _from_sketch(side, statistic, basis_Bdr, count_B)
-        estimate = fold(old, second, shares.old_share, shares.new_share)
+        estimate, innovation_B = _fold_sketch(side, old, statistic, count_B, basis_Bdr, shares)
+    dtype = old.U_dr.dtype
     return SideRefresh(
         estimate.to(dtype),
         _uncaptured(estimate).to(dtype),
-        _innovation(old, known, mean_Y_Bdr, basis_Bdr).to(dtype),
+        torch.where(known, innovation_B, -1.0).to(dtype),
     )
 
 
@@ -87,19 +88,48 @@ def turned_basis(spec: BlockSpec, basis: Tensors, statistic: Tensors) -> Tensors
     return turned
 
 
-def _from_sketch(
-    side: SideSpec, statistic: Tensors, basis_Bdr: Tensor, count_B: Tensor
-) -> Estimate:
+def _fold_sketch(
+    side: SideSpec,
+    old: Estimate,
+    statistic: Tensors,
+    count_B: Tensor,
+    basis_Bdr: Tensor,
+    shares: EmaWeights,
+) -> Folded:
+    """The fast way where there is one; where it stops short of an answer, the reference's."""
+    if 2 * side.rank <= side.dim:
+        sketch = Sketch(
+            statistic["Y"], basis_Bdr, statistic["trace"], statistic.get("diag"), count_B
+        )
+        try:
+            folded = fold_sketch(old, sketch, shares)
+        except NumericsError:
+            folded = None  # what went wrong, if anything, is found out below
+        if folded is not None:
+            return folded
     U_Bdr, lam_Br = nystrom(statistic["Y"], basis_Bdr, count_B)
     diag_Bd = None
     if side.tail == "diagonal":
         diag_Bd = statistic["diag"].double() / count_B[:, None]
-    return complete(U_Bdr, lam_Br, side.tail, statistic["trace"].double() / count_B, diag_Bd)
+    trace_B = statistic["trace"].double() / count_B
+    second = complete(U_Bdr, lam_Br, side.tail, trace_B, diag_Bd)
+    mean_Y_Bdr = statistic["Y"].double() / count_B[:, None, None]
+    return Folded(
+        fold(old, second, shares.old_share, shares.new_share),
+        innovation(old, mean_Y_Bdr, basis_Bdr),
+    )
 
 
-def _from_dense(
-    side: SideSpec, old: Estimate, known: Tensor, mean_Bdd: Tensor, shares: EmaWeights
-) -> Estimate:
+def _fold_dense(
+    side: SideSpec,
+    old: Estimate,
+    known: Tensor,
+    statistic: Tensors,
+    count_B: Tensor,
+    basis_Bdr: Tensor,
+    shares: EmaWeights,
+) -> Folded:
+    mean_Bdd = unpack_triangle(statistic["packed"].double() / count_B[:, None], side.dim)
     a, b = shares.old_share, shares.new_share
     old64 = old.double()
     folded_Bdd = a[:, None, None] * old64.dense() + b[:, None, None] * mean_Bdd
@@ -107,25 +137,11 @@ def _from_dense(
     U_Bdr, lam_Br = power_eigenpairs(folded_Bdd, old.U_dr, passes)
     diag_Bd = folded_Bdd.diagonal(dim1=-2, dim2=-1)
     trace_B = a * old64.trace + b * mean_Bdd.diagonal(dim1=-2, dim2=-1).sum(-1)
-    return complete(U_Bdr, lam_Br, side.tail, trace_B, diag_Bd)
+    estimate = complete(U_Bdr, lam_Br, side.tail, trace_B, diag_Bd)
+    return Folded(estimate, innovation(old, mean_Bdd @ basis_Bdr.double(), basis_Bdr))
 
 
 def _uncaptured(estimate: Estimate) -> Tensor:
-    trace_B = estimate.trace.double()
-    share_B = 1.0 - estimate.lam_r.double().sum(-1) / torch.where(trace_B > 0, trace_B, 1.0)
-    return torch.where(trace_B > 0, share_B, 0.0).clamp(min=0.0)
-
-
-def _innovation(old: Estimate, known: Tensor, Y_Bdr: Tensor, Q_Bdr: Tensor) -> Tensor:
-    # A report: float32 (or TF32) is precise enough, and a third of the time.
-    Y_Bdr = Y_Bdr.to(old.U_dr.dtype)
-    expected_Bdr = old.times(Q_Bdr.to(old.U_dr.dtype))
-    size_B, change_B = (
-        torch.linalg.vector_norm(matrix, dim=(-2, -1), dtype=torch.float64)
-        for matrix in (Y_Bdr, Y_Bdr - expected_Bdr)
-    )
-    # Where the statistic vanishes against the estimate the ratio is cut at 1e6, so that it stays a
-    # number that can be sent.
-    floor_B = 1e-6 * change_B
-    ratio_B = change_B / torch.where(size_B > floor_B, size_B, floor_B).clamp(min=1e-300)
-    return torch.where(known, ratio_B, -1.0)
+    trace_B = estimate.trace
+    left_B = (trace_B - estimate.lam_r.sum(-1)).clamp(min=0)
+    return left_B / trace_B.clamp(min=torch.finfo(trace_B.dtype).tiny)

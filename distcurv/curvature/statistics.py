@@ -53,7 +53,7 @@ def encode_rows(
     rows_Nd: Tensor,
     basis_dr: Tensor | None,
     *,
-    weights_N: Tensor | float | None = None,
+    weight: float | Tensor = 1.0,
     product_Nr: Tensor | None = None,
     trace: Tensor | None = None,
 ) -> Tensors:
@@ -63,9 +63,10 @@ def encode_rows(
         side: which encoding, rank and tail.
         rows_Nd: X [..., N, d], any float dtype; sums are taken in float32 (or float64).
         basis_dr: the installed Q [..., d, r]; not read by the dense encoding.
-        weights_N: a weight per row [..., N], or one number, e.g. from `subsample_rows`.
+        weight: what every sum is multiplied with, e.g. that of a `RowDraw`; a tensor has no
+            dimension.
         product_Nr: X Q [..., N, r] where the caller has it already, in full float32.
-        trace: ‖X‖² [...] where the caller has it already; without weights only.
+        trace: ‖X‖² [...] where the caller has it already; not beside a weight.
 
     Returns:
         Sums over the rows, by name without a prefix; the count is the caller's to add.
@@ -79,13 +80,8 @@ def encode_rows(
         )
     with full_float32(rows_Nd.device):
         rows_Nd = at_least_float32(rows_Nd)
-        weighted_Nd = rows_Nd
-        if isinstance(weights_N, Tensor):
-            weighted_Nd = rows_Nd * weights_N.to(rows_Nd.dtype).unsqueeze(-1)
-        elif weights_N is not None and weights_N != 1.0:
-            weighted_Nd = rows_Nd * weights_N
         if side.encoding == "dense":
-            return {"packed": pack_triangle(weighted_Nd.mT @ rows_Nd)}
+            return weighted({"packed": pack_triangle(rows_Nd.mT @ rows_Nd)}, weight)
         if product_Nr is None:
             if basis_dr is None or basis_dr.shape[-2:] != (side.dim, side.rank):
                 shape = None if basis_dr is None else tuple(basis_dr.shape)
@@ -99,17 +95,27 @@ def encode_rows(
                 f"encode_rows got a product of shape {tuple(product_Nr.shape)}: it must be "
                 f"[..., {rows_Nd.shape[-2]}, {side.rank}]"
             )
-        statistic = {"Y": weighted_Nd.mT @ product_Nr.to(rows_Nd.dtype)}
-        if side.tail == "diagonal":
-            statistic["diag"] = (weighted_Nd * rows_Nd).sum(-2)
-            statistic["trace"] = statistic["diag"].sum(-1)
-        elif trace is not None:
-            statistic["trace"] = trace
-        else:
-            # One pass and no temporary of the rows' size.
-            squares_N = torch.linalg.vector_norm(rows_Nd, dim=-1).square_()
-            statistic["trace"] = (squares_N if weights_N is None else squares_N * weights_N).sum(-1)
-        return statistic
+        statistic = {"Y": rows_Nd.mT @ product_Nr.to(rows_Nd.dtype)}
+        return weighted(statistic | squares(side, rows_Nd, trace), weight)
+
+
+def squares(side: SideSpec, rows_Nd: Tensor, trace: Tensor | None = None) -> Tensors:
+    """``trace`` [...] and, where the tail is diagonal, ``diag`` [..., d] of XᵀX, for X [..., N, d]
+    in float32 or float64.  A ``trace`` that is given is not made again."""
+    if side.tail == "diagonal":
+        diag_d = rows_Nd.square().sum(-2)
+        return {"diag": diag_d, "trace": diag_d.sum(-1)}
+    if trace is None:
+        # One pass and no temporary of the rows' size.
+        trace = torch.linalg.vector_norm(rows_Nd, dim=-1).square_().sum(-1)
+    return {"trace": trace}
+
+
+def weighted(statistic: Tensors, weight: float | Tensor) -> Tensors:
+    """The statistic itself, multiplied in place."""
+    if isinstance(weight, Tensor) or weight != 1.0:
+        torch._foreach_mul_(list(statistic.values()), weight)
+    return statistic
 
 
 def encode_gradient(
@@ -159,48 +165,38 @@ def encode_gradient(
         statistic.update({f"{name}.{key}": value for key, value in encoded.items()})
         statistic[f"{name}.count"] = one
     statistic["steps"] = one
-    return guard_finite(statistic)
-
-
-def subsample_rows(
-    rows_Nd: Tensor, n: int, generator: torch.Generator | None = None
-) -> tuple[Tensor, float]:
-    """n rows drawn without replacement and the weight N/n that keeps their sums unbiased.
-
-    ``rows_Nd`` is [..., N, d]; all batch entries share the draw. With n >= N all rows come back
-    with weight 1. The count of the statistic stays that of all N rows. ``generator`` lives on the
-    CPU. Raises `ShapeError` for n < 1.
-    """
-    total = rows_Nd.shape[-2]
-    if n < 1:
-        raise ShapeError(f"subsample_rows got n = {n}: at least one row must be drawn")
-    if n >= total:
-        return rows_Nd, 1.0
-    drawn_n = torch.randperm(total, generator=generator)[:n]
-    return rows_Nd.index_select(-2, drawn_n.to(rows_Nd.device)), total / n
+    # No number of the statistic is larger than the trace, whose rows have been summed with it.
+    return _where(torch.isfinite(trace), statistic)
 
 
 def guard_finite(statistic: Tensors) -> Tensors:
     """The statistic, or zeros with count and steps 0 where any of its numbers is not finite.
 
-    Decided per batch entry with tensor operations alone, so nothing waits for the device. Names may
+    Decided per batch entry with tensor operations alone, so nothing waits for a device. Names may
     be prefixed. Raises `ShapeError` for a name that no statistic has.
     """
-    lead = {name: _lead_dims(name, tensor) for name, tensor in statistic.items()}
-    good: Tensor | None = None
+    total: Tensor | None = None
     for name, tensor in statistic.items():
         prefix, _, own = name.rpartition(".")
         if own in ("Y", "diag") and f"{prefix}.trace".lstrip(".") in statistic:
             continue  # |Y| and diag are at most the trace: the columns of Q have length 1
-        finite = torch.isfinite(tensor).reshape(*tensor.shape[: lead[name]], -1).all(-1)
-        good = finite if good is None else good & finite
-    if good is None:
-        return {}
-    guarded: Tensors = {}
+        lead = _lead_dims(name, tensor)
+        part = tensor if tensor.dim() == lead else tensor.flatten(lead).sum(-1)
+        # A sum is finite only where all that is added is.
+        total = part if total is None else total + part
+    return {} if total is None else _where(torch.isfinite(total), statistic)
+
+
+def _where(good: Tensor, statistic: Tensors) -> Tensors:
+    """The statistic where ``good`` [...], zeros elsewhere."""
+    if good.device.type == "cpu" and bool(good.all()):
+        return statistic  # read for free on the CPU; the selection takes as long as the sketch
+    kept: Tensors = {}
     for name, tensor in statistic.items():
-        keep = good.view(good.shape + (1,) * (tensor.dim() - lead[name]))
-        guarded[name] = torch.where(keep, tensor, 0.0)
-    return guarded
+        lead = _lead_dims(name, tensor)
+        keep = good.view(good.shape + (1,) * (tensor.dim() - lead))
+        kept[name] = torch.where(keep, tensor, 0.0)
+    return kept
 
 
 def _lead_dims(name: str, tensor: Tensor) -> int:

@@ -11,14 +11,32 @@ inputs), d a side's dimension, r its rank, I = Di (+1 with the bias coordinate),
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Literal, Protocol
 
 from torch import Tensor, nn
 
+from distcurv.curvature.apply import AffineGradient
+from distcurv.curvature.row_draw import Sampler
 from distcurv.curvature.spec import SideSpec, Tensors
 
 WeightSharing = Literal["expand", "reduce"]
 WEIGHT_SHARING: tuple[WeightSharing, ...] = ("expand", "reduce")
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Drawn rows of one side of one call, copied, from which its statistic is made later.
+
+    Attributes:
+        rows_nd: [n, d], without the bias coordinate, in the dtype of the captured tensor or wider.
+        weight: of the sums over them, see `Sampler`.
+        count: that of the statistic of all rows.
+    """
+
+    rows_nd: Tensor
+    weight: int
+    count: int
 
 
 class LayerIO(Protocol):
@@ -34,6 +52,8 @@ class LayerIO(Protocol):
     * ``expand``: A = sum_ns a_ns a_ns^T, count N S; G = sum_ns g_ns g_ns^T, count N.
     * ``reduce``: A = sum_n a_n a_n^T with a_n = mean_s a_ns, count N; G = sum_n g_n g_n^T with
       g_n = sum_s g_ns, count N.
+
+    The rows of ``expand`` are counted position by position, those of ``reduce`` are the samples.
     """
 
     def refuse(self, module: nn.Module) -> str | None:
@@ -81,11 +101,37 @@ class LayerIO(Protocol):
         the scale that makes it the gradient of a per-sample loss is the caller's."""
         ...
 
-    def gradient(self, module: nn.Module, bias: bool) -> Tensor | None:
-        """A new matrix [O, I] from the ``.grad`` of the parameters, in their dtype; None where
-        there is none.  Raises `CaptureError` where the bias alone has none."""
+    def input_rows(
+        self,
+        module: nn.Module,
+        input: Tensor,
+        sampler: Sampler,
+        *,
+        weight_sharing: WeightSharing,
+    ) -> Rows:
+        """Some rows of side A of one call, an unbiased sample of those that `input_statistic`
+        sums over.  As few operations as can be: it runs amid the user's forward."""
         ...
 
-    def write_gradient(self, module: nn.Module, bias: bool, matrix_OI: Tensor) -> None:
-        """Overwrite the ``.grad`` of the parameters, in place, with a matrix [O, I]."""
+    def output_rows(
+        self,
+        module: nn.Module,
+        grad_output: Tensor,
+        sampler: Sampler,
+        *,
+        weight_sharing: WeightSharing,
+    ) -> Rows:
+        """The same of side G."""
+        ...
+
+    def gradient(self, module: nn.Module, bias: bool) -> AffineGradient | None:
+        """The ``.grad`` of the parameters as a matrix [O, Di] and, with a bias, a vector [O], in
+        their dtype: views wherever the memory format allows, so that what is written into them is
+        written; else copies.  None where there is none.  Raises `CaptureError` where the bias
+        alone has none."""
+        ...
+
+    def write_gradient(self, module: nn.Module, bias: bool, grad: AffineGradient) -> None:
+        """Overwrite the ``.grad`` of the parameters, in place, with ``grad`` of the shapes that
+        `gradient` gives; copies nothing where ``grad`` is the very memory of ``.grad``."""
         ...

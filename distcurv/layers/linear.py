@@ -8,10 +8,12 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from distcurv.curvature.precision import at_least_float32
+from distcurv.curvature.row_draw import Sampler
 from distcurv.curvature.spec import SideSpec, Tensors
 from distcurv.errors import CaptureError
-from distcurv.layers.layer import WeightSharing
-from distcurv.layers.weight_bias import WeightBias, encode_affine_rows
+from distcurv.layers.affine_rows import drawn_rows, encode_affine_rows
+from distcurv.layers.layer import Rows, WeightSharing
+from distcurv.layers.weight_bias import WeightBias
 
 
 class LinearIO(WeightBias):
@@ -28,7 +30,7 @@ class LinearIO(WeightBias):
         weight_sharing: WeightSharing,
     ) -> Tensors:
         """See `LayerIO.input_statistic`."""
-        x_NSd = _positions(input, "input")
+        x_NSd = at_least_float32(_positions(input, "input"))
         rows = x_NSd.mean(1) if weight_sharing == "reduce" else x_NSd.flatten(0, 1)
         statistic = encode_affine_rows(side, rows, basis_dr, bias)
         statistic["count"] = rows.new_full((), rows.shape[0])
@@ -44,11 +46,33 @@ class LinearIO(WeightBias):
         weight_sharing: WeightSharing,
     ) -> Tensors:
         """See `LayerIO.output_statistic`."""
-        g_NSd = _positions(grad_output, "output gradient")
+        g_NSd = at_least_float32(_positions(grad_output, "output gradient"))
         rows = g_NSd.sum(1) if weight_sharing == "reduce" else g_NSd.flatten(0, 1)
         statistic = encode_affine_rows(side, rows, basis_dr, bias=False)
         statistic["count"] = rows.new_full((), g_NSd.shape[0])
         return statistic
+
+    def input_rows(
+        self,
+        module: nn.Module,
+        input: Tensor,
+        sampler: Sampler,
+        *,
+        weight_sharing: WeightSharing,
+    ) -> Rows:
+        """See `LayerIO.input_rows`."""
+        return drawn_rows(_positions(input, "input"), sampler, weight_sharing, "A")
+
+    def output_rows(
+        self,
+        module: nn.Module,
+        grad_output: Tensor,
+        sampler: Sampler,
+        *,
+        weight_sharing: WeightSharing,
+    ) -> Rows:
+        """See `LayerIO.output_rows`."""
+        return drawn_rows(_positions(grad_output, "output gradient"), sampler, weight_sharing, "G")
 
 
 def _positions(tensor: Tensor, what: str) -> Tensor:
@@ -58,5 +82,4 @@ def _positions(tensor: Tensor, what: str) -> Tensor:
             f"a Linear layer got an {what} of shape {tuple(tensor.shape)}: without a batch "
             "dimension samples cannot be counted; give it [N, ..., features], e.g. x.unsqueeze(0)"
         )
-    tensor = at_least_float32(tensor.detach())
-    return tensor.reshape(tensor.shape[0], -1, tensor.shape[-1])
+    return tensor.detach().reshape(tensor.shape[0], -1, tensor.shape[-1])

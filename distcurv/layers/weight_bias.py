@@ -1,15 +1,13 @@
 """What Linear and the convolutions share: a weight [Do, ...], a bias [Do] or none.
 
-Letters: N rows, d a side's dimension, r its rank, I = Di (+1 with the bias coordinate), O = Do.
+Letters: I = Di (+1 with the bias coordinate), O = Do.
 """
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor, nn
 
-from distcurv.curvature.spec import SideSpec, Tensors
-from distcurv.curvature.statistics import encode_rows
+from distcurv.curvature.apply import AffineGradient
 from distcurv.errors import CaptureError, ShapeError
 
 
@@ -36,24 +34,24 @@ class WeightBias:
         outputs = weight.shape[0]
         return weight.numel() // outputs + int(bias), outputs
 
-    def gradient(self, module: nn.Module, bias: bool) -> Tensor | None:
+    def gradient(self, module: nn.Module, bias: bool) -> AffineGradient | None:
         """See `LayerIO.gradient`."""
         grads = _grads(module, bias)
         if grads is None:
             return None
         weight_grad, bias_grad = grads
-        weight_OI = weight_grad.flatten(1)
-        if bias_grad is None:
-            return weight_OI.clone()
-        return torch.cat([weight_OI, bias_grad.unsqueeze(1)], dim=1)
+        return AffineGradient(weight_grad.flatten(1), bias_grad)
 
-    def write_gradient(self, module: nn.Module, bias: bool, matrix_OI: Tensor) -> None:
+    def write_gradient(self, module: nn.Module, bias: bool, grad: AffineGradient) -> None:
         """See `LayerIO.write_gradient`."""
         inputs, outputs = self.dims(module, bias)
-        if matrix_OI.shape != (outputs, inputs):
+        weight_OD, bias_O = grad
+        if weight_OD.shape != (outputs, inputs - bias) or (bias_O is None) is bias:
+            columns = "no bias" if bias_O is None else "a bias"
             raise ShapeError(
-                f"write_gradient got a matrix {tuple(matrix_OI.shape)} for a "
-                f"{type(module).__name__}: it must be ({outputs}, {inputs})"
+                f"write_gradient got a weight's gradient {tuple(weight_OD.shape)} and {columns} "
+                f"for a {type(module).__name__}: it must be ({outputs}, {inputs - bias}), "
+                f"{'with' if bias else 'without'} a bias"
             )
         grads = _grads(module, bias)
         if grads is None:
@@ -61,12 +59,11 @@ class WeightBias:
                 f"write_gradient: this {type(module).__name__} has no gradient to overwrite; "
                 "call it between backward() and zero_grad()"
             )
-        weight_grad, bias_grad = grads
-        if bias_grad is None:
-            weight_grad.copy_(matrix_OI.view_as(weight_grad))
-            return
-        weight_grad.copy_(matrix_OI[:, :-1].reshape(weight_grad.shape))
-        bias_grad.copy_(matrix_OI[:, -1])
+        for target, source in zip(grads, grad, strict=True):
+            # Of one place in memory there is nothing to copy.
+            if target is None or source is None or target.data_ptr() == source.data_ptr():
+                continue
+            target.copy_(source.view(target.shape))
 
 
 def _grads(module: nn.Module, bias: bool) -> tuple[Tensor, Tensor | None] | None:
@@ -83,56 +80,3 @@ def _grads(module: nn.Module, bias: bool) -> tuple[Tensor, Tensor | None] | None
             "Make it anew after freezing"
         )
     return weight_grad, bias_grad
-
-
-def require_basis(side: SideSpec, basis_dr: Tensor | None, like: Tensor) -> Tensor:
-    """The basis in the dtype and on the device of the captured tensor, checked."""
-    if basis_dr is None:
-        raise CaptureError(
-            f"a sketch of a side of dimension {side.dim} needs the installed basis; got none"
-        )
-    if basis_dr.shape != (side.dim, side.rank):
-        raise ShapeError(
-            f"the basis is {tuple(basis_dr.shape)}: the side needs ({side.dim}, {side.rank})"
-        )
-    return basis_dr.to(device=like.device, dtype=like.dtype)
-
-
-def encode_affine_rows(
-    side: SideSpec, rows_Nd: Tensor, basis_dr: Tensor | None, bias: bool
-) -> Tensors:
-    """`encode_rows` of [rows, 1] where ``bias`` is set, without that copy for a sketch.
-
-    Args:
-        side: the side; ``side.dim`` counts the bias coordinate.
-        rows_Nd: [N, side.dim - bias].
-        basis_dr: [side.dim, r] for a sketch.
-        bias: append a coordinate that is always 1.
-    """
-    if side.encoding == "sketch":
-        basis_dr = require_basis(side, basis_dr, rows_Nd)
-    if not bias:
-        return encode_rows(side, rows_Nd, basis_dr)
-    if basis_dr is None or side.encoding == "dense":
-        ones_N1 = rows_Nd.new_ones(rows_Nd.shape[0], 1)
-        return encode_rows(side, torch.cat([rows_Nd, ones_N1], dim=1), None)
-    projected_Nr = torch.addmm(basis_dr[-1], rows_Nd, basis_dr[:-1])
-    y_weight_dr = rows_Nd.T @ projected_Nr
-    diag_d = rows_Nd.square().sum(0)
-    return affine_sketch(side, y_weight_dr, projected_Nr.sum(0), diag_d, rows_Nd.shape[0])
-
-
-def affine_sketch(
-    side: SideSpec, y_weight_dr: Tensor, y_bias_r: Tensor | None, diag_d: Tensor, rows: int
-) -> Tensors:
-    """A sketch from its parts: the weight coordinates and, unless ``y_bias_r`` is None, the bias
-    coordinate, whose own sum of squares is the number of rows."""
-    trace = diag_d.sum()
-    if y_bias_r is not None:
-        y_weight_dr = torch.cat([y_weight_dr, y_bias_r.unsqueeze(0)])
-        diag_d = torch.cat([diag_d, diag_d.new_full((1,), rows)])
-        trace = trace + rows
-    sketch = {"Y": y_weight_dr, "trace": trace}
-    if side.tail == "diagonal":
-        sketch["diag"] = diag_d
-    return sketch

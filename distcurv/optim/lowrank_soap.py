@@ -42,7 +42,8 @@ class LowRankSOAP(torch.optim.Optimizer):
         rank: r of every basis; sides with d <= r take the full basis.
         source: ``gradient`` (Shampoo's factors, no hooks) or ``activations`` (K-FAC's).
         workers: ``0``/``"inline"``, ``"auto"`` (the endpoints of ``DISTCURV_ENDPOINTS``, else one
-            worker process on each node) or a list of endpoints.
+            worker on each node where `distcurv.train.placement` finds that it pays and a core is
+            free, else in process) or a list of endpoints.
         replay: install log of an earlier run to follow exactly.
         settings: further fields of `distcurv.SoapConfig`.
 
@@ -120,7 +121,11 @@ class LowRankSOAP(torch.optim.Optimizer):
         before = [pipeline.installed[block] for block in range(len(self._matrices))]
         for install in pipeline.step(grads):
             with full_float32(pipeline.device):
-                self._rule.turn(before[install.block], install)
+                self._rule.turn(
+                    before[install.block],
+                    install,
+                    early=pipeline.timetable.is_early(install.step),
+                )
             projections.pop(install.block, None)
         for group in self.param_groups:
             with full_float32(pipeline.device):

@@ -69,16 +69,20 @@ class MatrixRule:
             out_gI = None if out_gI is None else state["rotation_out"] @ out_gI
         return encode_gradient(spec, grad_OI, basis.tensors, grad_Ua=in_Oa, Ug_grad=out_gI), made
 
-    def turn(self, old: Install, new: Install) -> None:
-        """Carry a block's state over to a new version."""
+    def turn(self, old: Install, new: Install, *, early: bool) -> None:
+        """Carry a block's state over to a new version.
+
+        In the early phase the eigenvectors are taken as they are: the first factors have directions
+        that no gradient has had, and a basis that continued them would keep what rounding chose.
+        """
         state = self._state[self._matrices[new.block].param]
         if not state:
             self._bases.pop(new.block, None)
             return
         before = self._used(new.block, old)
         for name, side, used in zip(_ROTATIONS, ("G", "A"), before, strict=True):
-            lam = new.tensors[f"{side}.lam"]
-            state[name] = steady_rotation(new.tensors[f"{side}.U"], lam, used)
+            U, lam = new.tensors[f"{side}.U"], new.tensors[f"{side}.lam"]
+            state[name] = torch.eye(len(lam)).to(U) if early else steady_rotation(U, lam, used)
         del self._bases[new.block]
         after = self._used(new.block, new)
         turned = turn(FourBlockState(*(state[name] for name in _FOUR_BLOCK)), *before, *after)

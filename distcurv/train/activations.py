@@ -63,6 +63,7 @@ class ActivationSource:
                 name: (module, layer, pipeline.table.specs[indices[name]])
                 for name, (module, layer) in watched.items()
             },
+            max_rows=config.resolved_max_rows,
             seed=config.seed + pipeline.group.rank,
         )
         return cls(capture, indices, pipeline)
@@ -74,7 +75,7 @@ class ActivationSource:
             bases = {
                 name: self._pipeline.basis(block).tensors for name, block in self._indices.items()
             }
-            self.capture.arm(bases, self._add)
+            self.capture.arm(bases, self._add, self._pipeline.step_count)
 
     def _add(self, name: str, statistic: Tensors) -> None:
         self._pipeline.add(self._indices[name], statistic)

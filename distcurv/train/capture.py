@@ -6,13 +6,15 @@ model whose statistics are not due runs as if distcurv were not there.
 
 When a sample counts.  The input statistic is taken in the forward pass (the input may be gone or
 overwritten later), the output statistic when the gradient of that very output arrives, and both
-are delivered together, then.  So what does not count: a forward under no_grad, a forward that no
-backward follows, the recomputation of a checkpoint (its outputs never get a gradient), and a
-second backward through a retained graph.  A module that runs several times counts each run.
+are delivered together, at the end of that backward.  So what does not count: a forward under
+no_grad, a forward that no backward follows, the recomputation of a checkpoint (its outputs never
+get a gradient), and a second backward through a retained graph.  A module that runs several times
+counts each run.
 
-Scales.  Statistics are those of the gradient of the per-sample loss: for ``loss_reduction="mean"``
-the output gradient times N (dimension 0 of the module's input), times ``accumulation``, over the
-AMP loss scale.
+Scales.  Statistics are those of the gradient of the per-sample loss (`LossScale`); its samples are
+dimension 0 of the module's input.
+
+Rows.  Of a call with many rows (tokens, positions) only ``max_rows`` are read, see `StepRows`.
 """
 
 from __future__ import annotations
@@ -30,15 +32,16 @@ from torch.autograd.graph import get_gradient_edge
 from torch.nn.modules.module import register_module_forward_hook
 
 from distcurv.curvature.spec import BlockSpec, Tensors
-from distcurv.curvature.statistics import guard_finite
 from distcurv.errors import CaptureError, ConfigError
 from distcurv.layers.layer import WEIGHT_SHARING, LayerIO, WeightSharing
 from distcurv.train.calls import Arming, Call, Sink
 from distcurv.train.captured_block import CapturedBlock
 from distcurv.train.likelihood import Likelihood, as_likelihood
-from distcurv.train.sampling import sample_calls
+from distcurv.train.loss_scale import LossScale
+from distcurv.train.nonfinite import FiniteGuard
+from distcurv.train.rows import StepRows
+from distcurv.train.sampling import Generators, sample_calls
 
-LOSS_REDUCTIONS = ("mean", "sum")
 FISHER_TYPES = ("empirical", "mc")
 
 
@@ -53,7 +56,8 @@ class Capture:
         fisher_type: ``empirical`` (gradients of the training loss) or ``mc`` (gradients for
             targets that `sample` draws from the model).
         weight_sharing: ``expand | reduce``, see `LayerIO`.
-        seed: for the targets of ``mc``; let it differ between ranks.
+        max_rows: of a call read at most so many rows, drawn without bias; None: all.
+        seed: for the drawn rows and the targets of ``mc``; let it differ between ranks.
 
     The sink gets (name, tensors): one contribution, of one forward and backward of a block, as
     float32 sums under prefixed names (``A.Y, A.trace, A.count, ..., G.packed, G.count``), without
@@ -71,30 +75,29 @@ class Capture:
         grad_scaler: torch.amp.GradScaler | None = None,
         fisher_type: str = "empirical",
         weight_sharing: WeightSharing = "expand",
+        max_rows: int | None = None,
         seed: int = 0,
     ) -> None:
-        _check_choice("loss_reduction", loss_reduction, LOSS_REDUCTIONS)
         _check_choice("fisher_type", fisher_type, FISHER_TYPES)
         _check_choice("weight_sharing", weight_sharing, WEIGHT_SHARING)
-        if accumulation < 1:
-            raise ConfigError(f"accumulation is {accumulation}: give the number of micro-batches")
+        if max_rows is not None and max_rows < 1:
+            raise ConfigError(f"max_rows is {max_rows}: give at least 1, or None for all rows")
+        self.scale = LossScale(loss_reduction, accumulation, grad_scaler)
         self.blocks = {
             name: CapturedBlock(name, *block, weight_sharing) for name, block in blocks.items()
         }
         if len({id(block.module) for block in self.blocks.values()}) != len(self.blocks):
             raise ConfigError(f"two of the blocks {sorted(blocks)} have the same module")
-        self.loss_reduction = loss_reduction
-        self.accumulation = accumulation
-        self.grad_scaler = grad_scaler
         self.fisher_type = fisher_type
+        self._max_rows = max_rows
         self._seed = seed
-        self._generators: dict[torch.device, torch.Generator] = {}
+        self._generators = Generators(seed)
         self._arming: Arming | None = None
         self._armings = 0
         self._remove_hook: weakref.finalize[..., Any] | None = None
         self._sampling = False
         self._lock = threading.Lock()
-        self._nonfinite: dict[torch.device, Tensor] = {}
+        self._guard = FiniteGuard()
 
     @property
     def is_armed(self) -> bool:
@@ -104,15 +107,16 @@ class Capture:
     @property
     def nonfinite(self) -> int:
         """Contributions so far that were not finite and counted as zeros (waits for the device)."""
-        return sum(int(count.item()) for count in self._nonfinite.values())
+        return self._guard.dropped
 
-    def arm(self, bases: Mapping[str, Tensors], sink: Sink) -> None:
+    def arm(self, bases: Mapping[str, Tensors], sink: Sink, step: int | None = None) -> None:
         """Watch the forwards from now on.
 
         Args:
             bases: which blocks are due, each with the published tensors of the version to sketch
                 against (``A.U`` and ``G.U``; dense sides need none).
             sink: what receives the statistics.
+            step: the training step, of which the drawn rows depend; by default armings count.
 
         Raises `CaptureError` when armed already, for an unknown block, or for a missing basis;
         then nothing is watched.
@@ -125,7 +129,9 @@ class Capture:
             self.blocks[name].check_bases(bases[name])
         due = {id(self.blocks[name].module): self.blocks[name] for name in bases}
         self._armings += 1
-        self._arming = Arming(self._armings, due, {n: dict(t) for n, t in bases.items()}, sink)
+        rows = StepRows(self._max_rows, self._seed, self._armings if step is None else step)
+        held = {name: dict(tensors) for name, tensors in bases.items()}
+        self._arming = Arming(self._armings, due, held, rows, sink)
         # Weak: the hook is global and must not keep a forgotten capture and its model alive.
         handle = register_module_forward_hook(
             partial(_forward_hook, weakref.ref(self)), with_kwargs=True
@@ -137,8 +143,7 @@ class Capture:
         """Watch nothing any more; calls that wait for their backward are dropped."""
         if self._remove_hook is not None:
             self._remove_hook()
-            self._remove_hook = None
-        self._arming = None
+        self._remove_hook = self._arming = None
 
     def finish(self) -> frozenset[str]:
         """Disarm, and return the names of armed blocks that delivered nothing (an unused branch,
@@ -148,6 +153,7 @@ class Capture:
         arming = self._arming
         if arming is None:
             return frozenset()
+        self._make_statistics()  # of a backward that an exception has ended
         self.disarm()
         if arming.unsampled:
             raise CaptureError(
@@ -206,18 +212,13 @@ class Capture:
                 "not detached and not made under no_grad"
             )
         if generator is None:
-            generator = self._own_generator(logits.device)
-        mean = self.loss_reduction == "mean"
+            generator = self._generators.on(logits.device)
         self._sampling = True
         try:
+            mean = self.scale.reduction == "mean"
             sample_calls(arming.edges, logits, likelihood, n_samples, generator, mean=mean)
         finally:
             self._sampling = False
-
-    def _own_generator(self, device: torch.device) -> torch.Generator:
-        if device not in self._generators:
-            self._generators[device] = torch.Generator(device).manual_seed(self._seed)
-        return self._generators[device]
 
     def _observe(self, arming: Arming, block: CapturedBlock, input: Tensor, out: Tensor) -> None:
         """A module of a due block has run."""
@@ -226,15 +227,17 @@ class Capture:
         if self._sampling or not counts:
             return
         bases = arming.bases[block.name]
-        call = Call(arming.number, block, len(input), bases, block.encode_input(input, bases))
+        rows = arming.rows.of_call(arming.calls[block.name])
+        arming.calls[block.name] += 1
+        reading = block.read_input(input, bases, rows)
+        call = Call(arming.number, block, len(input), bases, rows, reading)
         # A forward inside a backward is a recomputation: keeping its edge would keep its graph.
         if self.fisher_type == "mc" and torch._C._current_graph_task_id() == -1:
             arming.edges[call] = get_gradient_edge(out)
         # Weak: the graph holds the hook, and the arming holds the graph's edges.
         out.register_hook(partial(_gradient_hook, weakref.ref(self), call))
 
-    def _deliver(self, call: Call, grad_output: Tensor) -> None:
-        """The gradient of a call's output has arrived."""
+    def _deliver(self, call: Call, grad_output: Tensor) -> None:  # its output's gradient is here
         with self._lock:
             arming = self._arming
             if self._sampling or call.done or arming is None or arming.number != call.arming:
@@ -244,34 +247,25 @@ class Capture:
             if self.fisher_type == "mc" and not call.reached:
                 arming.unsampled.add(call.block.name)
                 return
-            output = call.sampled
-            if self.fisher_type == "empirical":
-                scale = self._per_sample_scale(call, grad_output.device)
-                output = call.block.encode_output(grad_output, call.bases, scale * scale)
-            elif output is None:
-                # No drawn target depends on this call: its Fisher is zero, its samples count.
-                output = call.block.encode_output(torch.zeros_like(grad_output), call.bases, 1.0)
-            statistic = {k: v.float() for k, v in (call.input | output).items()}
-            guarded = guard_finite(statistic)
-            self._count_nonfinite(statistic, guarded)
-            arming.delivered.add(call.block.name)
-            arming.sink(call.block.name, guarded)
+            call.complete(grad_output, self.scale if self.fisher_type == "empirical" else None)
+            backward = torch._C._current_graph_task_id()
+            if arming.queued_in != backward:
+                # Once this backward has ended: then all layers' arithmetic is done in a row.
+                queue = torch.autograd.Variable._execution_engine.queue_callback
+                queue(partial(_end_of_backward, weakref.ref(self)))
+                arming.queued_in = backward
+            arming.arrived.append(call)
 
-    def _per_sample_scale(self, call: Call, device: torch.device) -> float | Tensor:
-        """What an output gradient is multiplied with to be that of the per-sample loss."""
-        scale = float(self.accumulation)
-        if self.loss_reduction == "mean":
-            scale *= call.samples
-        if self.grad_scaler is None:
-            return scale
-        # The scale as a tensor: `get_scale` would wait for the device.
-        return scale / self.grad_scaler.scale(torch.ones((), device=device))
-
-    def _count_nonfinite(self, statistic: Tensors, guarded: Tensors) -> None:
-        before, after = statistic["A.count"], guarded["A.count"]
-        dropped = (before != after).long()
-        so_far = self._nonfinite.get(dropped.device)
-        self._nonfinite[dropped.device] = dropped if so_far is None else so_far + dropped
+    def _make_statistics(self) -> None:
+        """Deliver what has arrived."""
+        with self._lock:
+            arming = self._arming
+            if arming is None:
+                return
+            arrived, arming.arrived = arming.arrived, []
+            for call in arrived:
+                arming.delivered.add(call.block.name)
+                arming.sink(call.block.name, self._guard(call.statistic()))
 
 
 def _forward_hook(
@@ -293,6 +287,12 @@ def _gradient_hook(capture_ref: weakref.ref[Capture], call: Call, grad: Tensor |
     capture = capture_ref()
     if capture is not None and grad is not None:
         capture._deliver(call, grad)
+
+
+def _end_of_backward(capture_ref: weakref.ref[Capture]) -> None:
+    capture = capture_ref()
+    if capture is not None:
+        capture._make_statistics()
 
 
 def _check_choice(what: str, value: str, choices: tuple[str, ...]) -> None:

@@ -1,17 +1,28 @@
 """A block as capture sees it: turns what hooks hand over into prefixed statistics.
 
-It knows nothing of hooks, steps or sinks.
+It knows nothing of hooks, steps or sinks.  A side is read in two parts: what must be taken amid
+the user's forward or backward, and a `Reading` that makes the statistic of it.  Where all rows
+count the first part does everything; where some are drawn it only copies them: between the layers
+of a model the caches are cold, and an operation takes several times as long as among its likes.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
 from distcurv.curvature.precision import full_float32
+from distcurv.curvature.row_draw import Sampler
 from distcurv.curvature.spec import BlockSpec, SideSpec, Tensors
+from distcurv.curvature.statistics import weighted
 from distcurv.errors import CaptureError, ShapeError
-from distcurv.layers.layer import LayerIO, WeightSharing
+from distcurv.layers.affine_rows import encode_affine_rows
+from distcurv.layers.layer import LayerIO, Rows, WeightSharing
+
+Reading = Callable[[], Tensors]  # the prefixed statistic of one side of one call
 
 
 class CapturedBlock:
@@ -56,32 +67,66 @@ class CapturedBlock:
                     f"({side.dim}, {side.rank}) to take a sketch; got {shape}"
                 )
 
-    def encode_input(self, input: Tensor, bases: Tensors) -> Tensors:
-        """``A.*`` of one call."""
-        with torch.no_grad(), full_float32(input.device):
-            statistic = self.layer.input_statistic(
-                self.module,
-                input,
-                self.sides["A"],
-                bases.get("A.U"),
-                bias=self.bias,
-                weight_sharing=self.weight_sharing,
-            )
-        return {f"A.{key}": value for key, value in statistic.items()}
+    def read_input(self, input: Tensor, bases: Tensors, sampler: Sampler | None) -> Reading:
+        """Side A of one call; with ``sampler`` only some rows are read now."""
+        with torch.no_grad():
+            if sampler is not None:
+                rows = self.layer.input_rows(
+                    self.module, input, sampler, weight_sharing=self.weight_sharing
+                )
+                return partial(self._encode, "A", rows, bases, 1.0)
+            with full_float32(input.device):
+                statistic = self.layer.input_statistic(
+                    self.module,
+                    input,
+                    self.sides["A"],
+                    bases.get("A.U"),
+                    bias=self.bias,
+                    weight_sharing=self.weight_sharing,
+                )
+        return partial(_prefixed, "A", statistic)
 
-    def encode_output(
-        self, grad_output: Tensor, bases: Tensors, squared_scale: float | Tensor
+    def read_output(
+        self,
+        grad_output: Tensor,
+        bases: Tensors,
+        squared_scale: float | Tensor,
+        sampler: Sampler | None,
+    ) -> Reading:
+        """Side G of one call; the sums, not the count, are multiplied by ``squared_scale``."""
+        with torch.no_grad():
+            if sampler is not None:
+                rows = self.layer.output_rows(
+                    self.module, grad_output, sampler, weight_sharing=self.weight_sharing
+                )
+                return partial(self._encode, "G", rows, bases, squared_scale)
+            with full_float32(grad_output.device):
+                statistic = self.layer.output_statistic(
+                    self.module,
+                    grad_output,
+                    self.sides["G"],
+                    bases.get("G.U"),
+                    weight_sharing=self.weight_sharing,
+                )
+            count = statistic.pop("count")
+            statistic = {**weighted(statistic, squared_scale), "count": count}
+        return partial(_prefixed, "G", statistic)
+
+    def _encode(
+        self, prefix: str, rows: Rows, bases: Tensors, squared_scale: float | Tensor
     ) -> Tensors:
-        """``G.*`` of one call; the sums, not the count, are multiplied by ``squared_scale``."""
-        with torch.no_grad(), full_float32(grad_output.device):
-            statistic = self.layer.output_statistic(
-                self.module,
-                grad_output,
-                self.sides["G"],
-                bases.get("G.U"),
-                weight_sharing=self.weight_sharing,
+        with torch.no_grad(), full_float32(rows.rows_nd.device):
+            statistic = encode_affine_rows(
+                self.sides[prefix],
+                rows.rows_nd,
+                bases.get(f"{prefix}.U"),
+                self.bias and prefix == "A",
+                squared_scale * rows.weight,
             )
-            return {
-                f"G.{key}": value if key == "count" else value * squared_scale
-                for key, value in statistic.items()
-            }
+            some = next(iter(statistic.values()))
+            statistic["count"] = some.new_full((), rows.count)
+        return _prefixed(prefix, statistic)
+
+
+def _prefixed(prefix: str, statistic: Tensors) -> Tensors:
+    return {f"{prefix}.{key}": value for key, value in statistic.items()}

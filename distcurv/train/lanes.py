@@ -98,8 +98,12 @@ class Lanes:
             )
             return Courier(connect, info, depot, route, emit, name)
 
-        self.inline = courier(self.blocks, links.inline, "inline", "in-process service")
+        self._new_inline = lambda: courier(
+            self.blocks, links.inline, "inline", "in-process service"
+        )
+        self.inline = self._new_inline()
         self._inline_started = False
+        self._retired: list[Courier] = []
         costs = [refresh_cost(table.specs[b]) for b in self.blocks]
         bins = longest_processing_time(costs, max(1, len(links.remotes)))
         self.lanes: list[Lane] = []
@@ -187,8 +191,18 @@ class Lanes:
             if lane.active is not None:
                 lane.active.withdraw(lane.blocks, f"route switched to {chosen.name}")
             lane.active = chosen
+            if self._inline_started and all(lane.active is not self.inline for lane in self.lanes):
+                self._retire_inline()
         lane.early = early
         return chosen
+
+    def _retire_inline(self) -> None:
+        """End the in-process service's session: it holds factors and bases of all blocks, which
+        workers hold from here on.  Where it is needed again it is seeded like any worker."""
+        self.inline.stop()
+        self._retired.append(self.inline)
+        self.inline = self._new_inline()
+        self._inline_started = False
 
     def _inline(self) -> Courier:
         if not self._inline_started:
@@ -249,7 +263,7 @@ class Lanes:
         if os.getpid() != self._pid:
             return  # a forked child: the threads, the links and the workers are its parent's
         couriers = [lane.remote for lane in self.lanes if lane.remote is not None]
-        couriers += [self.inline] if self._inline_started else []
+        couriers += [*self._retired, self.inline] if self._inline_started else self._retired
         for courier in couriers:
             courier.stop()
         for courier in couriers:

@@ -27,6 +27,7 @@ from distcurv.train.group import RankGroup
 from distcurv.train.lanes import Lanes
 from distcurv.train.log import InstallLog, Record, Replay
 from distcurv.train.named_events import NamedEvents
+from distcurv.train.placement import Load
 from distcurv.train.provider import Workers, event_sink, job_identity, owner_links
 from distcurv.train.staleness import StalenessWatch, staleness
 from distcurv.train.switch import Install, Switch, first_installs
@@ -89,7 +90,7 @@ class Pipeline:
         self.install_log = InstallLog()
         self.staleness_watch = StalenessWatch(config, emit)
         self.depot = Depot(emit)
-        links = owner_links(workers, self.group)
+        links = owner_links(workers, self.group, Load.of(self.table, config, device))
         inline = not links.remotes
         self.group.agree(
             "whether workers are used", int(inline), "give all ranks endpoints or none"

@@ -14,9 +14,6 @@ import torch
 from torch import Tensor, nn
 
 from distcurv.config import KfacConfig
-from distcurv.curvature.inverse import Inverse, apply_sides
-from distcurv.curvature.kinds import KINDS
-from distcurv.curvature.norm_rule import graft, kl_clip_scale
 from distcurv.curvature.spec import BlockSpec, SideSpec
 from distcurv.curvature.statistics import resolve_encoding
 from distcurv.errors import ConfigError
@@ -28,6 +25,7 @@ from distcurv.train.likelihood import Likelihood
 from distcurv.train.log import Record
 from distcurv.train.pipeline import Pipeline
 from distcurv.train.provider import Workers
+from distcurv.train.rewrite import Rewriter
 
 log = logging.getLogger("distcurv.train")
 
@@ -39,7 +37,8 @@ class Preconditioner:
         model: bare or wrapped in DistributedDataParallel.
         config: settings, the same on all ranks.
         workers: ``0``/``"inline"``, ``"auto"`` (the endpoints of ``DISTCURV_ENDPOINTS``, else one
-            worker process on each node) or a list of endpoints.
+            worker on each node where `distcurv.train.placement` finds that it pays and a core is
+            free, else in process) or a list of endpoints.
         grad_scaler: the AMP scaler that the loss is scaled with.  Call
             ``scaler.unscale_(optimizer)`` before `step`.
         replay: install log of an earlier run to follow exactly.
@@ -91,12 +90,12 @@ class Preconditioner:
             grad_scaler=grad_scaler,
             fisher_type=self.config.fisher_type,
             weight_sharing=self.config.weight_sharing,  # type: ignore[arg-type]
+            max_rows=self.config.resolved_max_rows,
             seed=self.config.seed + self._pipeline.group.rank,
         )
         indices = {found.name: block for block, found in enumerate(self._layers)}
         self._source = ActivationSource(capture, indices, self._pipeline)
-        # Inverses in factored form, by block, with the damping that they were made for.
-        self._inverses: dict[int, tuple[float, tuple[Inverse, ...]]] = {}
+        self._rewriter = Rewriter(table.specs, self.config, self._pipeline.device)
         self._source.arm_if_due()
 
     def _spec(self, found: FoundLayer, bias: bool) -> BlockSpec:
@@ -167,54 +166,23 @@ class Preconditioner:
                 "attribute, or call step(lr=...)"
             )
         self._source.finish()
-        grads = [
-            found.layer.gradient(found.module, bias)
-            for found, bias in zip(self._layers, self._bias, strict=True)
-        ]
-        for install in self._pipeline.step([grad for grad in grads if grad is not None]):
-            self._inverses.pop(install.block, None)
-        self._apply(grads, lr)
-        self._source.arm_if_due()
-
-    def _apply(self, grads: list[Tensor | None], lr: float | None) -> None:
-        blocks: list[int] = []
-        before: list[Tensor] = []
-        directions: list[Tensor] = []
-        for block, grad in enumerate(grads):
-            if grad is None or not self._usable(block):
-                continue
-            inverse_A, inverse_G = self._inverse(block)
-            wide = grad.float()
-            direction = apply_sides(inverse_G, inverse_A, wide)
-            if self.config.graft:
-                direction = graft(direction, wide)
-            blocks.append(block)
-            before.append(wide)
-            directions.append(direction)
-        if self.config.kl_clip is not None and lr is not None and blocks:
-            scale = kl_clip_scale(before, directions, self.config.kl_clip, lr)
-            torch._foreach_mul_(directions, scale)
-        for block, direction in zip(blocks, directions, strict=True):
+        grads = {
+            block: grad
+            for block, (found, bias) in enumerate(zip(self._layers, self._bias, strict=True))
+            if (grad := found.layer.gradient(found.module, bias)) is not None
+        }
+        self._pipeline.step([grad.weight_OD for grad in grads.values()])
+        usable = {block: grad for block, grad in grads.items() if self._usable(block)}
+        self._rewriter.rewrite(usable, self._pipeline.installed, self.damping, lr)
+        for block, grad in usable.items():
             found = self._layers[block]
-            found.layer.write_gradient(found.module, self._bias[block], direction)
+            found.layer.write_gradient(found.module, self._bias[block], grad)
+        self._source.arm_if_due()
 
     def _usable(self, block: int) -> bool:
         if self._pipeline.installed[block].version == 0:
             return False
         return self.config.staleness_policy == "keep" or not self._pipeline.too_stale(block)
-
-    def _inverse(self, block: int) -> tuple[Inverse, ...]:
-        cached = self._inverses.get(block)
-        if cached is None or cached[0] != self.damping:
-            spec = self._pipeline.table.specs[block]
-            made = KINDS[spec.kind].inverses(
-                spec,
-                self._pipeline.installed[block].tensors,
-                self.damping,
-                self.config.damping_form == "relative",
-            )
-            cached = self._inverses[block] = (self.damping, made)
-        return cached[1]
 
     # -- state ----------------------------------------------------------------------------
 
@@ -226,7 +194,6 @@ class Preconditioner:
         """Continue from a `state_dict`; call it on all ranks at the same step."""
         checkpoint.load(self._pipeline, state)
         self._damping, self.lr = state["damping"], state["lr"]
-        self._inverses.clear()
         self._source.arm_if_due()
 
     @property

@@ -15,9 +15,10 @@ from distcurv.errors import StateError
 if TYPE_CHECKING:  # the package registers here when it is imported, and loads no torch for it
     from distcurv.train.group import RankGroup
     from distcurv.train.lanes import OwnerLinks
+    from distcurv.train.placement import Load
 
 Workers = int | str | Sequence[str]
-Connector = Callable[[Workers, "RankGroup"], "OwnerLinks"]
+Connector = Callable[[Workers, "RankGroup", "Load"], "OwnerLinks"]
 Emit = Callable[..., None]
 
 _connector: list[Connector] = []
@@ -39,11 +40,13 @@ def event_sink(rank: int) -> Emit:
     return _events[0](f"rank{rank}") if _events else lambda *args, **fields: None
 
 
-def owner_links(workers: Workers, group: RankGroup) -> OwnerLinks:
-    """Links for this rank, as ``workers=`` asks for them.  Called on all ranks together."""
+def owner_links(workers: Workers, group: RankGroup, load: Load) -> OwnerLinks:
+    """Links for this rank, as ``workers=`` asks for them; ``load`` is what ``"auto"`` decides by.
+
+    Called on all ranks together."""
     if not _connector:
         raise StateError("no connector is registered: import distcurv, not a part of it")
-    return _connector[0](workers, group)
+    return _connector[0](workers, group, load)
 
 
 def job_identity(group: RankGroup) -> tuple[bytes, int]:

@@ -16,6 +16,20 @@ from distcurv.train.calls import Call
 from distcurv.train.likelihood import Likelihood
 
 
+class Generators:
+    """One generator for each device, made from a seed when it is first asked for."""
+
+    def __init__(self, seed: int) -> None:
+        self._seed = seed
+        self._made: dict[torch.device, torch.Generator] = {}
+
+    def on(self, device: torch.device) -> torch.Generator:
+        """The device's generator, where the last draw left it."""
+        if device not in self._made:
+            self._made[device] = torch.Generator(device).manual_seed(self._seed)
+        return self._made[device]
+
+
 def sample_calls(
     edges: Mapping[Call, GradientEdge],
     logits: Tensor,

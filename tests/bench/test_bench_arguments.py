@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import importlib.util
+import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -41,11 +41,14 @@ def code_of(arguments: list[str]) -> int:
         (["step", "--interval", "1"], ["--interval", "at least 4"]),
         (["step", "--capture-interval", "11"], ["--capture-interval", "11", "at most"]),
         (["step", "--device", "gpu"], ["--device", "gpu"]),
-        (["staleness", "--task", "mnist"], ["--task", "mnist", "charlm"]),
+        (["staleness", "--tasks", "mnist"], ["--tasks", "mnist", "charlm"]),
         (["staleness", "--delays", "0,-5"], ["--delays", "-5"]),
-        (["staleness", "--lr", "0"], ["--lr", "> 0"]),
-        (["staleness", "--lr", "nan"], ["--lr", "> 0"]),
+        (["staleness", "--batches", "0"], ["--batches", "at least 1"]),
+        (["staleness", "--correction", "some"], ["--correction", "some", "without"]),
         (["staleness", "--seeds", "0"], ["--seeds", "at least 1"]),
+        (["converge", "--tasks", "mnist"], ["--tasks", "mnist", "digits"]),
+        (["converge", "--methods", "lion"], ["--methods", "lion", "lowrank-soap"]),
+        (["converge", "--hardware", "two"], ["--hardware", "two", "equal"]),
         (["wire", "--links", "udp"], ["--links", "udp", "memory"]),
         (["wire", "--kilobytes", "0"], ["--kilobytes", "at least 1"]),
         (["wire", "--speed", "9"], ["--speed"]),
@@ -90,12 +93,7 @@ def test_a_missing_peer_gets_one_line(
     monkeypatch: pytest.MonkeyPatch,
     tmp_path: Path,
 ) -> None:
-    found = importlib.util.find_spec
-
-    def find_spec(name: str, *rest: Any) -> Any:
-        return None if name == module else found(name, *rest)
-
-    monkeypatch.setattr(importlib.util, "find_spec", find_spec)
+    monkeypatch.setitem(sys.modules, module, None)  # importing it then fails
     monkeypatch.chdir(tmp_path)
     assert code_of(["step", "--methods", method]) == 2
     (line,) = capsys.readouterr().err.strip().splitlines()

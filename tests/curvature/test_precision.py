@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from distcurv.curvature.precision import full_float32
+from distcurv.curvature.precision import full_float32, products_are_full
 
 CPU = torch.device("cpu")
 
@@ -46,3 +46,23 @@ def test_restored_after_an_error_and_autocast_is_off_inside() -> None:
         assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == torch.float32
         raise RuntimeError("boom")
     assert torch.get_float32_matmul_precision() == "high"
+
+
+def test_whether_products_are_full_goes_by_what_the_caller_has_set() -> None:
+    assert products_are_full(CPU)
+    with full_float32(CPU):
+        assert products_are_full(CPU)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert not products_are_full(CPU)
+        with full_float32(CPU):
+            assert products_are_full(CPU)
+    torch.set_float32_matmul_precision("medium")
+    with full_float32(CPU):
+        assert not products_are_full(CPU)  # not beyond this block, which another thread may leave
+    assert not products_are_full(CPU)
+    torch.set_float32_matmul_precision("highest")
+    torch.backends.cuda.matmul.fp32_precision = "tf32"
+    assert products_are_full(CPU)
+    assert not products_are_full(torch.device("cuda"))
+    with full_float32(CPU):
+        assert not products_are_full(torch.device("cuda"))

@@ -5,13 +5,11 @@ float32 sums of a few hundred products: 1e-5 relative.
 
 from __future__ import annotations
 
-import itertools
-
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from oracles import generator, orthonormal, relative_error, symmetric, triangle
+from oracles import generator, orthonormal, relative_error, triangle
 
 from distcurv.curvature.kinds import KINDS
 from distcurv.curvature.spec import BlockSpec, SideSpec, Tensors
@@ -21,7 +19,6 @@ from distcurv.curvature.statistics import (
     guard_finite,
     resolve_encoding,
     statistic_shapes,
-    subsample_rows,
 )
 from distcurv.errors import ShapeError
 
@@ -45,19 +42,19 @@ def test_explicit_encoding_stays_and_nonsense_is_refused() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
-def test_rows_against_the_dense_sums(dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("weight", [2.5, torch.tensor(2.5)])
+def test_rows_against_the_dense_sums(dtype: torch.dtype, weight: float | torch.Tensor) -> None:
     rows = torch.randn(200, 12, generator=generator(0)).to(dtype)
-    weights = torch.rand(200, generator=generator(1))
     Q = orthonormal(12, 3, seed=2).float()
     X = rows.double()
-    A = X.mT @ (weights.double().unsqueeze(-1) * X)
-    sketch = encode_rows(SideSpec(12, 3, "diagonal"), rows, Q, weights_N=weights)
+    A = 2.5 * X.mT @ X
+    sketch = encode_rows(SideSpec(12, 3, "diagonal"), rows, Q, weight=weight)
     assert sketch.keys() == {"Y", "diag", "trace"}
     assert sketch["Y"].dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
     assert relative_error(sketch["Y"], A @ Q.double()) < 1e-5
     assert relative_error(sketch["diag"], A.diagonal()) < 1e-5
     assert sketch["trace"].item() == pytest.approx(A.trace().item(), rel=1e-5)
-    dense = encode_rows(SideSpec(12, 3, "diagonal", "dense"), rows, None, weights_N=weights)
+    dense = encode_rows(SideSpec(12, 3, "diagonal", "dense"), rows, None, weight=weight)
     assert relative_error(dense["packed"], torch.tensor(triangle(A))) < 1e-5
 
 
@@ -88,33 +85,6 @@ def test_statistics_add_over_micro_batches_and_ranks(side: SideSpec) -> None:
     for name, tensor in whole.items():
         assert relative_error(torch.stack([p[name] for p in parts]).sum(0), tensor) < 1e-14
         assert relative_error(stacked[name].sum(0), tensor) < 1e-14
-
-
-def test_subsampling_is_unbiased() -> None:
-    # Every draw of 2 rows out of 5 is equally likely: the average over many draws tends to the sum.
-    rows = torch.randn(5, 3, generator=generator(0), dtype=torch.float64)
-    wanted = rows.mT @ rows
-    draw = generator(1)
-    total = torch.zeros(3, 3, dtype=torch.float64)
-    seen: set[tuple[float, ...]] = set()
-    for _ in range(4000):
-        some, weight = subsample_rows(rows, 2, draw)
-        assert some.shape == (2, 3)
-        assert weight == 2.5
-        seen.add(tuple(sorted(some[:, 0].tolist())))
-        side = SideSpec(3, 3, "none", "dense")
-        total += symmetric(encode_rows(side, some, None, weights_N=weight)["packed"], 3)
-    assert len(seen) == len(list(itertools.combinations(range(5), 2)))
-    assert relative_error(total / 4000, wanted) < 0.06  # about 3 standard errors
-
-
-def test_subsampling_all_rows_changes_nothing() -> None:
-    rows = torch.randn(2, 4, 3, generator=generator(0))
-    some, weight = subsample_rows(rows, 9)
-    assert some is rows
-    assert weight == 1.0
-    with pytest.raises(ShapeError, match="n = 0"):
-        subsample_rows(rows, 0)
 
 
 def gradient_spec(encoding_A: str = "sketch", encoding_G: str = "sketch") -> BlockSpec:

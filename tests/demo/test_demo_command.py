@@ -40,7 +40,7 @@ def started(monkeypatch: pytest.MonkeyPatch) -> list[tuple[DemoSettings, Path, b
         (["--task", "charlm", "--nproc-per-node", "33"], ["--nproc-per-node", "at most 32"]),
         (["--workers", "-1"], ["--workers", "-1", "at least 0"]),
         (["--install-delay", "-1"], ["--install-delay", "-1", "at least 0"]),
-        (["--install-delay", "121"], ["--install-delay", "121", "at most 120"]),
+        (["--install-delay", "61"], ["--install-delay", "61", "at most 60"]),
         (["--seed", "-1"], ["--seed", "-1"]),
         (["--seed", str(2**31)], ["--seed", "at most 2147483647"]),
         (["--task", "mnist"], ["--task", "mnist", "autoencoder", "charlm"]),

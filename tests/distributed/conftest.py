@@ -33,11 +33,17 @@ def shared_job(worker: Supervisor, tmp_path_factory: pytest.TempPathFactory) -> 
         for n in (4, 2, 1)
         for door in DOORS
     ]
+    # Four ranks of one node: five cores leave one free, whatever the other ranks see.
+    scenarios += [
+        Scenario(f"decided-{cores[0]}", 4, "decided_alike", {"cores": cores})
+        for cores in ([5, 1, 9, 2], [4, 64, 64, 64])
+    ]
     for door in ("kfac", "soap"):
         scenarios += [
             Scenario(f"table-{door}", 4, "other_table", {"door": door}),
             Scenario(f"config-{door}", 4, "other_config", {"door": door}),
             Scenario(f"workers-{door}", 4, "other_workers", {"door": door}),
+            Scenario(f"endpoints-{door}", 4, "other_endpoints", {"door": door}),
             Scenario(
                 f"delayed-{door}",
                 2,

@@ -15,6 +15,7 @@ from distcurv import wiring
 from distcurv.errors import ProtocolError
 from distcurv.train.group import RankGroup
 from distcurv.train.lanes import OwnerLinks
+from distcurv.train.placement import Load
 from distcurv.train.provider import Workers, register_connector
 from distcurv.wire import Link, bind
 from distcurv.wire.messages import Message
@@ -93,8 +94,8 @@ class HangingLink(WrappedLink):
 def wrapped_links(wrap: Callable[[Link, int], Link]) -> Iterator[None]:
     """Runs made in the body have ``wrap(link, rank)`` in place of each link to a worker."""
 
-    def connector(workers: Workers, group: RankGroup) -> OwnerLinks:
-        links = wiring.owner_links(workers, group)
+    def connector(workers: Workers, group: RankGroup, load: Load) -> OwnerLinks:
+        links = wiring.owner_links(workers, group, load)
 
         def wrapping(inner: Connect) -> Connect:
             return lambda: wrap(inner(), group.rank)

@@ -15,20 +15,34 @@ import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 import torch.distributed as dist
 from distributed_links import DelayedLink, wrapped_links
 from distributed_tasks import DOORS, Run, observed_all_accounted
 
+from distcurv import wiring
+from distcurv.curvature.spec import BlockSpec, SideSpec
 from distcurv.train import accord
+from distcurv.train.cores import Cores
+from distcurv.train.group import RankGroup
+from distcurv.train.placement import Load
 
 Result = dict[str, Any]
 
 
 def equal_preconditioner(save: Callable[[Any], None], door: str, steps: int) -> Result:
     """Train a little, then take what is installed and what it makes of the next gradients."""
-    with Run(door, preconditioner_upd_interval=2, curvature_upd_interval=1, install_delay=0) as run:
+    settings: Result = {
+        "preconditioner_upd_interval": 2,
+        "curvature_upd_interval": 1,
+        "early_steps": 8,
+        # A second step on the first basis would follow what rounding chose beside one gradient.
+        "early_interval": 1,
+        "install_delay": 0,
+    }
+    with Run(door, **settings) as run:
         run.steps(steps)
         run.backward()
         before = run.params()
@@ -104,6 +118,31 @@ def other_workers(save: Callable[[Any], None], door: str) -> Result:
     return _open(door, model, workers=["tcp://127.0.0.1:9"] if last else "inline")
 
 
+def other_endpoints(save: Callable[[Any], None], door: str) -> Result:
+    """All say ``auto``; the last rank's environment names a worker, the others have to decide."""
+    model = torch.nn.Sequential(torch.nn.Linear(6, 8), torch.nn.Linear(8, 3))
+    if dist.get_rank() == dist.get_world_size() - 1:
+        os.environ[wiring.ENDPOINTS_VARIABLE] = "tcp://127.0.0.1:9"
+    try:
+        return _open(door, model, workers="auto")
+    finally:
+        os.environ.pop(wiring.ENDPOINTS_VARIABLE, None)
+
+
+def decided_alike(save: Callable[[Any], None], cores: list[int]) -> Result:
+    """Each rank sees another number of cores; does ``auto`` start workers?"""
+    side = SideSpec(4096, 4096, "none", "dense")
+    heavy = Load((BlockSpec("heavy", "dense", (side, side), 0.9, 1e-3),), (0,), 1)
+    own = Cores(frozenset(range(cores[dist.get_rank()])), 100)
+    nothing_started: tuple[list[str], Callable[[], None]] = ([], lambda: None)
+    with (
+        patch.object(wiring, "own_cores", return_value=own),
+        patch.object(wiring, "_spawn_one_per_node", return_value=nothing_started) as spawn,
+    ):
+        wiring.owner_links("auto", RankGroup(torch.device("cpu")), heavy).close()
+    return {"starts": spawn.called}
+
+
 def _open(door: str, model: torch.nn.Module, workers: Any = "inline", **settings: Any) -> Result:
     from distcurv import KfacConfig, LowRankSOAP, Preconditioner
 
@@ -139,6 +178,8 @@ SCENARIOS: dict[str, Callable[..., Result]] = {
         other_table,
         other_config,
         other_workers,
+        other_endpoints,
+        decided_alike,
         checkpointed,
     )
 }

@@ -81,6 +81,7 @@ def test_every_rank_installs_the_same_at_the_same_steps(
         ("table", "block table differs"),
         ("config", "configuration differs"),
         ("workers", "whether workers are used differs"),
+        ("endpoints", "whether workers are used differs"),
     ],
 )
 @pytest.mark.parametrize("door", ["kfac", "soap"])
@@ -92,3 +93,11 @@ def test_a_rank_that_was_built_otherwise_is_detected_on_all_ranks(
     for one in said:
         assert one.get("raised") == "MismatchError"
         assert words in one["text"]
+
+
+@pytest.mark.parametrize(("first_sees", "starts"), [(5, True), (4, False)])
+def test_all_ranks_decide_alike_where_refreshes_happen(
+    shared_job: Results, first_sees: int, starts: bool
+) -> None:
+    said = shared_job.of(f"decided-{first_sees}")
+    assert [one["starts"] for one in said] == [starts] * 4

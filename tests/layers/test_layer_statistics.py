@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from distcurv.curvature.apply import AffineGradient
 from distcurv.curvature.spec import SideSpec, Tensors
 from distcurv.curvature.triangle import unpack_triangle
 from distcurv.errors import CaptureError, ShapeError
@@ -107,16 +108,42 @@ def test_gradient_is_the_sum_of_outer_products_and_can_be_written(
     gradient = layer.gradient(module, bias)
     assert gradient is not None
     rows_a, rows_g = input_rows(case, module, input, bias), output_rows(case, grad_output)
-    assert_close(gradient, torch.einsum("nso,nsi->oi", rows_g, rows_a))
+    expected = torch.einsum("nso,nsi->oi", rows_g, rows_a)
+    assert_close(gradient.whole(), expected)
 
     places = {name: p.grad.data_ptr() for name, p in module.named_parameters()}  # type: ignore[union-attr]
-    layer.write_gradient(module, bias, 2 * gradient)
-    assert places == {name: p.grad.data_ptr() for name, p in module.named_parameters()}  # type: ignore[union-attr]
+    doubled = AffineGradient(*(None if part is None else 2 * part for part in gradient))  # type: ignore[arg-type]
+    layer.write_gradient(module, bias, doubled)
     again = layer.gradient(module, bias)
     assert again is not None
-    assert_close(again, 2 * gradient)
+    assert_close(again.whole(), 2 * expected)
+    again.weight_OD.mul_(2)  # a view: written at once
+    layer.write_gradient(module, bias, again)
+    assert places == {name: p.grad.data_ptr() for name, p in module.named_parameters()}  # type: ignore[union-attr]
+    module.weight.grad = module.weight.grad / 4
+    last = layer.gradient(module, bias)
+    assert last is not None
+    assert_close(last.weight_OD, expected[:, : last.weight_OD.shape[1]])
     with pytest.raises(ShapeError, match="write_gradient"):
-        layer.write_gradient(module, bias, gradient[:, :-1])
+        layer.write_gradient(module, bias, AffineGradient(last.weight_OD[:, :-1], last.bias_O))
+    wrong_bias = None if bias else torch.zeros(last.weight_OD.shape[0])
+    with pytest.raises(ShapeError, match="with a bias" if bias else "without a bias"):
+        layer.write_gradient(module, bias, AffineGradient(last.weight_OD, wrong_bias))
+
+
+def test_a_gradient_in_another_memory_format_is_copied_and_written_back() -> None:
+    conv = nn.Conv2d(3, 4, 2)
+    torch.manual_seed(0)
+    grad = torch.randn_like(conv.weight)
+    conv.weight.grad = grad.clone(memory_format=torch.channels_last)
+    layer = LAYERS[nn.Conv2d]
+    gradient = layer.gradient(conv, False)
+    assert gradient is not None
+    assert torch.equal(gradient.weight_OD, grad.flatten(1))
+    gradient.weight_OD.mul_(2)
+    layer.write_gradient(conv, False, gradient)
+    assert conv.weight.grad.is_contiguous(memory_format=torch.channels_last)
+    assert torch.equal(conv.weight.grad, 2 * grad)
 
 
 @pytest.mark.parametrize("module_type", list(LAYERS), ids=lambda kind: kind.__name__)

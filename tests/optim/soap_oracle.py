@@ -2,7 +2,8 @@
 
 Vyas et al. 2024, "SOAP: Improving and Stabilizing Shampoo using Adam": the factors XᵀX and XXᵀ are
 averaged, the gradient's second moment is kept in their eigenbasis, Adam's rule acts there.  The
-first basis is that of the eigenvectors, a later one the QR factor of (factor · basis), Algorithm 4.
+first basis is that of the eigenvectors, one after the early phase the QR factor of
+(factor · basis), Algorithm 4.
 Two things are as in distcurv: the average over t gradients is divided by the sum of its weights,
 and at a change of the basis the second moments turn by squared rotations.
 """
@@ -28,6 +29,7 @@ class DenseSoap:
         eps: float = 1e-8,
         weight_decay: float = 0.0,
         decay: float = 0.95,
+        early: bool = True,
     ) -> None:
         self.weight = weight.detach().double().clone()
         self.lr = lr
@@ -35,6 +37,7 @@ class DenseSoap:
         self.eps = eps
         self.weight_decay = weight_decay
         self.decay = decay
+        self.early = early  # every basis is that of the eigenvectors
         self.steps = 0
         self.arrivals = 0
         d_out, d_in = self.weight.shape
@@ -51,22 +54,13 @@ class DenseSoap:
         self.sum_A = self.decay * self.sum_A + (1 - self.decay) * factor_A.double()
         self.sum_G = self.decay * self.sum_G + (1 - self.decay) * factor_G.double()
         weights = 1 - self.decay**self.arrivals
-        new_A = _next_basis(self.sum_A / weights, self.basis_A)
-        new_G = _next_basis(self.sum_G / weights, self.basis_G)
+        new_A = _next_basis(self.sum_A / weights, None if self.early else self.basis_A)
+        new_G = _next_basis(self.sum_G / weights, None if self.early else self.basis_G)
         if self.basis_A is not None and self.basis_G is not None:
             squared_A = (new_A.T @ self.basis_A) ** 2
             squared_G = (new_G.T @ self.basis_G) ** 2
             self.second = squared_G @ self.second @ squared_A.T
         self.basis_A, self.basis_G = new_A, new_G
-
-    def adopt(self, basis_A: Tensor, basis_G: Tensor) -> None:
-        """Go on from these eigenvectors instead of its own: in the null space of one gradient's
-        factors every choice is right, and a basis that continues the one before keeps it."""
-        for factor, basis in ((self.sum_A, basis_A.double()), (self.sum_G, basis_G.double())):
-            turned = basis.T @ factor @ basis
-            beside = turned - turned.diagonal().diag()
-            assert float(beside.abs().max()) < 1e-5 * float(turned.max())
-        self.basis_A, self.basis_G = basis_A.double(), basis_G.double()
 
     def update(self, grad: Tensor) -> None:
         """Adam's rule in the eigenbasis, with decoupled weight decay."""

@@ -24,6 +24,7 @@ SHARED: list[tuple[str, list[Any], str]] = [
     ("early_steps", [-1, 1.5, "all", True], OPTIONAL),
     ("install_delay", [-1, 0.5, "none"], OPTIONAL),
     ("max_staleness", [-1, INF], OPTIONAL),
+    ("max_rows", [0, -1, 1.5, True, "all"], "use 'auto', None or an integer >= 1"),
     ("factor_decay", [1.0, 1.5, -0.1, NAN, INF, None, "0.9"], r"give a number in \[0, 1\)"),
     ("encoding", ["Sketch", "", None, 3], "use 'auto', 'sketch' or 'dense'"),
     ("staleness_policy", ["drop", "", None], "use 'keep' or 'fallback'"),
@@ -137,6 +138,15 @@ def test_what_none_stands_for() -> None:
     assert ServiceConfig(early_steps=3, max_staleness=7).resolved_max_staleness == 7
     assert KfacConfig(kind="dense").resolved_early_steps == 0
     assert KfacConfig(kind="dense", early_steps=5).resolved_early_steps == 5
+
+
+def test_what_max_rows_auto_stands_for() -> None:
+    assert ServiceConfig(rank=16).resolved_max_rows == 256
+    assert KfacConfig(rank=128).resolved_max_rows == 512
+    assert KfacConfig(kind="dense").resolved_max_rows is None
+    assert KfacConfig(kind="dense", max_rows=9).resolved_max_rows == 9
+    assert KfacConfig(max_rows=None).resolved_max_rows is None
+    assert SoapConfig(max_rows=1).resolved_max_rows == 1
 
 
 def test_the_bound_on_staleness_has_room_for_the_delay() -> None:

@@ -21,6 +21,7 @@ from distcurv.train import provider
 from distcurv.train.group import RankGroup
 from distcurv.train.lanes import OwnerLinks
 from distcurv.train.pipeline import Pipeline
+from distcurv.train.placement import Load
 from distcurv.wire import Link
 from distcurv.wire.messages import Hello, Message, Statistics, Welcome
 from distcurv.wiring import InlineService
@@ -44,7 +45,7 @@ class Services:
     def connector(self, remote: bool | Callable[[], Link]) -> provider.Connector:
         """``remote``: whether there is a worker, or how to connect to another one."""
 
-        def links(workers: provider.Workers, group: RankGroup) -> OwnerLinks:
+        def links(workers: provider.Workers, group: RankGroup, load: Load) -> OwnerLinks:
             inline, worker = self.start(), self.start()
 
             def connect() -> Link:
@@ -177,7 +178,7 @@ def test_the_deterministic_mode_installs_exactly_k_steps_later(make: Make) -> No
 
 
 def test_early_steps_install_within_the_step(make: Make) -> None:
-    pipeline = make(early_steps=8, early_divisor=2, install_delay=3)
+    pipeline = make(early_steps=8, early_interval=2, install_delay=3)
     run(pipeline, 8)
     installs = [(r.step, r.folded_through) for r in pipeline.install_log.records() if r.block == 0]
     assert installs == [(0, 0), (2, 2), (4, 4), (6, 6)]
@@ -228,7 +229,7 @@ def test_a_run_over_a_worker_link_equals_the_in_process_run(
 
 
 def test_an_asynchronous_run_is_replayed_from_its_log(make: Make, services: Services) -> None:
-    first = make(remote=True, early_steps=4, early_divisor=2)
+    first = make(remote=True, early_steps=4, early_interval=2)
     up(first)
     for _ in range(10):
         run(first, 4)
@@ -236,11 +237,27 @@ def test_an_asynchronous_run_is_replayed_from_its_log(make: Make, services: Serv
     first.close(DEADLINE)
     log = first.install_log.records()
     assert len(log) > 6
-    again = make(early_steps=4, early_divisor=2, replay=log)
+    again = make(early_steps=4, early_interval=2, replay=log)
     run(again, 40)
     assert again.install_log.digest() == first.install_log.digest()
     for a, b in zip(flats(first), flats(again), strict=True):
         assert torch.equal(a, b)
+
+
+def test_after_the_early_phase_the_in_process_service_is_given_back(make: Make) -> None:
+    """Its factors and bases of every block are the worker's to hold from there on."""
+    pipeline = make(remote=True, early_steps=4, early_interval=2)
+    up(pipeline)
+    run(pipeline, 4)
+    early = pipeline.lanes.inline
+    assert early.up
+    run(pipeline, 8)
+    assert pipeline.lanes.inline is not early
+    assert early.join(DEADLINE)
+    assert not early.up
+    wait_until(lambda: not pipeline.depot.in_flight_steps(), "the worker")
+    run(pipeline, 8)
+    assert pipeline.depot.counts.from_workers > 0
 
 
 # -- staleness ----------------------------------------------------------------------------
@@ -404,7 +421,7 @@ def test_a_link_that_hangs_for_ever_does_not_stop_200_steps(make: Make) -> None:
 def test_after_close_everything_observed_is_folded_or_dropped(
     make: Make, steps: int, delay: int | None
 ) -> None:
-    pipeline = make(install_delay=delay, early_steps=3, early_divisor=2)
+    pipeline = make(install_delay=delay, early_steps=3, early_interval=2)
     run(pipeline, steps)
     due = sum(pipeline.timetable.capture_due(step) for step in range(steps))
     pipeline.close(DEADLINE)

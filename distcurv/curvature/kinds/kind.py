@@ -18,9 +18,10 @@ class Refreshed(NamedTuple):
     """What a refresh yields.
 
     ``state`` is what the worker keeps, ``published`` what the ranks install (both [B, ...] by
-    name).  ``uncaptured`` [B] is the largest 1 - sum(lambda)/trace over the sides (0 for dense
-    kinds); ``innovation`` [B] is ||Y - A_old Q|| / ||Y||, largest over the sides, or -1 where
-    there was no estimate before.
+    name); they may share memory with each other and with what the refresh was given, so none of
+    it is to be changed in place.  ``uncaptured`` [B] is the largest 1 - sum(lambda)/trace over the
+    sides (0 for dense kinds); ``innovation`` [B] is ||Y - A_old Q|| / ||Y||, largest over the
+    sides, or -1 where there was no estimate before.
     """
 
     state: Tensors

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from distcurv.curvature.damping import split_damping
-from distcurv.curvature.ema import ema_weights
+from distcurv.curvature.ema import EmaWeights, ema_weights
 from distcurv.curvature.estimate import Estimate
 from distcurv.curvature.inverse import Inverse, invert_low_rank
 from distcurv.curvature.kinds.batch import (
@@ -68,12 +68,13 @@ class LowRank:
         self, spec: BlockSpec, state: Tensors, statistic: Tensors, basis: Tensors
     ) -> Refreshed:
         steps_B = counted_steps(spec, statistic)
+        weights = [state[f"{name}.weight"] for name, _ in spec.named_sides()]
+        all_shares = ema_weights(spec.decay, steps_B, torch.stack(weights))  # [sides, B]
         new: Tensors = {}
         uncaptured, innovation = [], []
-        for name, side in spec.named_sides():
-            old = side_estimate(side, name, state)
-            weight_B = state[f"{name}.weight"]
-            shares = ema_weights(spec.decay, steps_B, weight_B)
+        for i, (name, side) in enumerate(spec.named_sides()):
+            old, weight_B = side_estimate(side, name, state), weights[i]
+            shares = EmaWeights(*(share[i] for share in all_shares))
             own = {
                 key.removeprefix(f"{name}."): value
                 for key, value in statistic.items()
@@ -91,10 +92,9 @@ class LowRank:
             innovation.append(side_refresh.innovation)
         refreshed = keep_where_empty(steps_B, new, state)
         check_finite(refreshed, self.name)
-        published = {name: tensor.clone() for name, tensor in refreshed.items()}
         return Refreshed(
             refreshed,
-            published,
+            dict(refreshed),
             torch.stack(uncaptured).amax(0),
             torch.stack(innovation).amax(0),
         )
