@@ -20,6 +20,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "demo": ("distcurv.demo.command", "train on real data with and without distcurv, and compare"),
     "run": ("distcurv.launcher.run_command", "start workers, then a training script with torchrun"),
     "worker": ("distcurv.launcher.worker_command", "one curvature worker"),
+    "inspect": ("distcurv.inspection.command", "show which parameters of a model are covered"),
     "bench": ("distcurv.bench.command", "measure steps, refreshes, messages and staleness"),
 }
 

@@ -20,7 +20,7 @@ class ShapeError(DistcurvError, ValueError):
 
 
 class UnsupportedModuleError(DistcurvError, TypeError):
-    """A module (or a variant of it, e.g. a grouped convolution) has no LayerIO."""
+    """A module, or a variant of it, cannot be captured."""
 
 
 class CaptureError(DistcurvError, RuntimeError):

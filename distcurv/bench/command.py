@@ -18,6 +18,10 @@ BENCHMARKS: dict[str, tuple[str, str]] = {
         "distcurv.bench.step_command",
         "time of a training step: methods in turn, in one process, over plain SGD",
     ),
+    "capture": (
+        "distcurv.bench.capture_command",
+        "forward and backward with the capture at rest and at work, over those without distcurv",
+    ),
     "refresh": (
         "distcurv.bench.refresh_command",
         "the low-rank refresh against eigh and the Cholesky inverse, and its residual",

@@ -157,7 +157,7 @@ def _check(args: argparse.Namespace) -> None:
     for name in args.methods:
         if name in PEERS:
             require_package(name)
-    longest = MAX_DELAY_WINDOWS * SoapConfig().preconditioner_upd_interval
+    longest = MAX_DELAY_WINDOWS * SoapConfig().resolved_preconditioner_upd_interval
     if args.deterministic_delay is not None and args.deterministic_delay > longest:
         raise ConfigError(
             f"--deterministic-delay is {args.deterministic_delay}: give at most {longest}"

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from distcurv.bench.converge_tasks import Batch, ConvergeTask
-from distcurv.config import KfacConfig
+from distcurv.config import KfacConfig, SoapConfig
 from distcurv.optim.lowrank_soap import LowRankSOAP
 from distcurv.train.preconditioner import Preconditioner
 from distcurv.train.provider import Workers
@@ -37,6 +37,7 @@ class Setup:
         seed: of random bases, where a method has them.
         workers: of distcurv's methods.
         install_delay: None for real asynchrony; else the deterministic mode of distcurv's methods.
+        interval: steps between two installs of distcurv's methods; None: what they have by default.
     """
 
     task: ConvergeTask
@@ -46,6 +47,7 @@ class Setup:
     seed: int
     workers: Workers = "inline"
     install_delay: int | None = None
+    interval: int | None = None
 
     def loss(self, batch: Batch) -> Tensor:
         """Of a batch, with its graph."""
@@ -123,20 +125,22 @@ def muon(setup: Setup) -> Training:
 
 
 def lowrank_soap(setup: Setup) -> Training:
-    """distcurv's LowRankSOAP at its default settings."""
+    """distcurv's LowRankSOAP at its default settings, but for the interval."""
+    interval = SoapConfig().preconditioner_upd_interval
     optimizer = LowRankSOAP(
         setup.model,
         lr=setup.lr,
         workers=setup.workers,
         seed=setup.seed,
         install_delay=setup.install_delay,
+        preconditioner_upd_interval=interval if setup.interval is None else setup.interval,
     )
     config = optimizer.config
     training = over(
         setup,
         [optimizer],
-        f"distcurv.optim.LowRankSOAP at its defaults: r = {config.rank}, interval "
-        f"{config.preconditioner_upd_interval}, statistics every "
+        f"distcurv.optim.LowRankSOAP, defaults but for what is said: r = {config.rank}, interval "
+        f"{config.resolved_preconditioner_upd_interval}, statistics every "
         f"{config.resolved_curvature_upd_interval} steps, source {config.source}",
     )
     training.service = optimizer
@@ -148,7 +152,7 @@ def kfac(setup: Setup) -> Training:
     optimizer = torch.optim.SGD(setup.model.parameters(), lr=setup.lr, momentum=MOMENTUM)
     config = KfacConfig(
         rank=KFAC_RANK,
-        preconditioner_upd_interval=INTERVAL,
+        preconditioner_upd_interval=setup.interval or INTERVAL,
         damping=KFAC_DAMPING,
         damping_form="relative",
         graft=True,
@@ -166,8 +170,9 @@ def kfac(setup: Setup) -> Training:
         return loss
 
     about = (
-        f"distcurv.Preconditioner, low rank r = {KFAC_RANK}, interval {INTERVAL}, relative damping "
-        f"{KFAC_DAMPING}, grafted, over torch.optim.SGD with momentum {MOMENTUM}"
+        f"distcurv.Preconditioner, low rank r = {KFAC_RANK}, interval "
+        f"{config.resolved_preconditioner_upd_interval}, relative damping {KFAC_DAMPING}, grafted, "
+        f"over torch.optim.SGD with momentum {MOMENTUM}"
     )
     return Training(step, about, precond)
 

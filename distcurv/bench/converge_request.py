@@ -23,7 +23,7 @@ from distcurv.bench.converge_methods import SERVED
 
 HARDWARE = ("one", "threads", "ranks")
 _SETTINGS = tuple(f"bench/converge_{part}.py" for part in ("methods", "peers", "tasks"))
-_CODE = ("config.py", "wiring.py", "curvature", "layers", "optim", "train", "wire", "worker")
+_CODE = ("config", "wiring.py", "curvature", "layers", "optim", "train", "wire", "worker")
 
 
 @dataclass(frozen=True)
@@ -38,6 +38,7 @@ class Request:
         stop_at: end once an evaluation is at or below this loss.
         install_delay: of distcurv's methods: None for a worker process and real asynchrony, else
             the deterministic mode in process.
+        interval: steps between two installs of distcurv's methods; None: what they have by default.
         hardware: ``one`` core, two ``threads``, or two data-parallel ``ranks``; distcurv's methods
             always train on one core, their worker is on the other.
         repetition: tells apart timings that are otherwise the same.
@@ -52,6 +53,7 @@ class Request:
     eval_every: int
     stop_at: float | None = None
     install_delay: int | None = None
+    interval: int | None = None
     hardware: str = "one"
     repetition: int = 0
 

@@ -59,7 +59,14 @@ def train(request: Request, rank: int = 0, ranks: int = 1) -> dict[str, Any]:
         if request.has_worker:
             workers = stack.enter_context(_worker(request.timed))
         setup = Setup(
-            task, model, forward, request.lr, request.seed, workers, request.install_delay
+            task,
+            model,
+            forward,
+            request.lr,
+            request.seed,
+            workers,
+            request.install_delay,
+            request.interval,
         )
         training = MAKERS[request.method](setup)
         stack.callback(training.close)

@@ -97,7 +97,7 @@ class Point:
                 ),
             )
         return tuple(
-            BlockSpec(str(i), self.kind, sides, config.factor_decay, config.damping, True)
+            BlockSpec(str(i), self.kind, sides, config.factor_decay, config.damping_at(0), True)
             for i in range(self.blocks)
         )
 

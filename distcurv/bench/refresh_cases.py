@@ -80,7 +80,7 @@ def refresh(case: Case) -> Tensors:
 def low_rank_residual(case: Case) -> float:
     """‖F − U λ Uᵀ‖ / ‖F‖ of the refreshed version against the exact average (no tail)."""
     published = refresh(case)
-    U_dr, lam_r = published["A.U"][0].double(), published["A.lam"][0].double()
+    U_dr, lam_r = published["F.U"][0].double(), published["F.lam"][0].double()
     return _residual(case.factor_dd.double(), (U_dr * lam_r) @ U_dr.mT)
 
 
@@ -122,16 +122,16 @@ def _statistic(
     """The statistic of d new rows of every block, and the mean [d, d] of the first block's.
 
     The rows of all blocks at once would not fit into a small machine's memory."""
-    side, U_Bdr = spec.sides[0], basis["A.U"]
+    side, U_Bdr = spec.sides[0], basis["F.U"]
     parts = []
     for block, U_dr in enumerate(U_Bdr):
         rows_Nd = _rows(side.dim, U_dr.device, generator)
         parts.append(encode_rows(side, rows_Nd, U_dr))
         if block == 0:
             mean_dd = rows_Nd.mT @ rows_Nd / len(rows_Nd)
-    statistic = {f"A.{name}": torch.stack([part[name] for part in parts]) for name in parts[0]}
+    statistic = {f"F.{name}": torch.stack([part[name] for part in parts]) for name in parts[0]}
     ones_B = U_Bdr.new_ones(len(U_Bdr))
-    return statistic | {"A.count": ones_B * side.dim, "steps": ones_B * STEPS}, mean_dd
+    return statistic | {"F.count": ones_B * side.dim, "steps": ones_B * STEPS}, mean_dd
 
 
 def _rows(d: int, device: torch.device, generator: torch.Generator) -> Tensor:

@@ -186,11 +186,11 @@ def _calls(work: Callable[[], object], where: str) -> int:
 
 def _cells(row: dict[str, Any]) -> list[str]:
     def with_spread(summary: dict[str, float]) -> str:
-        return f"{summary['median']:.3g} ({summary['min']:.3g} to {summary['max']:.3g})"
+        return f"{_ms(summary['median'])} ({_ms(summary['min'])} to {_ms(summary['max'])})"
 
     def times(name: str) -> str:
         middle = row["ms_per_block"][name]["median"]
-        return f"{middle:.3g} = {row[f'speedup_over_{name}']:.1f}×"
+        return f"{_ms(middle)} = {row[f'speedup_over_{name}']:,.1f}×"
 
     residuals = row["residual"] or {}
     return [
@@ -210,6 +210,11 @@ def _cells(row: dict[str, Any]) -> list[str]:
             )
         ),
     ]
+
+
+def _ms(value: float) -> str:
+    """Three digits, and never an exponent."""
+    return f"{value:.3g}" if value < 999.5 else f"{value:,.0f}"
 
 
 def draw(path: Path, content: dict[str, Any]) -> None:

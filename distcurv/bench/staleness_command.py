@@ -62,6 +62,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--seeds", type=at_least(1), default=3, metavar="N", help="trainings each (default 3)")
     add("--steps", type=at_least(1), metavar="N", help="of each training (default: the task's)")
     add(
+        "--interval",
+        type=at_least(1),
+        default=10,
+        metavar="T",
+        help="steps between two installs; a delay may be 12 times as long (default 10)",
+    )
+    add(
         "--jobs",
         type=at_least(1),
         default=1,
@@ -105,7 +112,7 @@ def run(args: argparse.Namespace) -> int:
 
 def _check(args: argparse.Namespace) -> None:
     from distcurv.bench.converge_tasks import TASKS, require_data
-    from distcurv.config import MAX_DELAY_WINDOWS, SoapConfig
+    from distcurv.config import MAX_DELAY_WINDOWS
 
     require_data(args.tasks)
     for name in args.tasks:
@@ -119,11 +126,11 @@ def _check(args: argparse.Namespace) -> None:
                 raise ConfigError(
                     f"--batches has {batch}: {name} has 1797 images, give at most so many"
                 )
-    longest = MAX_DELAY_WINDOWS * SoapConfig().preconditioner_upd_interval
+    longest = MAX_DELAY_WINDOWS * args.interval
     if max(args.delays) > longest:
         raise ConfigError(
-            f"--delays has {max(args.delays)}, and install_delay may be at most {longest}: leave "
-            "it out"
+            f"--delays has {max(args.delays)}, and with --interval {args.interval} a delay may be "
+            f"at most {longest}: leave it out, or give a longer interval"
         )
 
 
@@ -139,6 +146,7 @@ def _study(task: str, args: argparse.Namespace) -> StalenessStudy:
         points=args.grid_points,
         seeds=args.seeds,
         steps=args.steps or TASKS[task].steps,
+        interval=args.interval,
     )
 
 

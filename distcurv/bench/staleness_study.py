@@ -39,6 +39,7 @@ class StalenessStudy:
         points: learning rates that are tried for each batch and arm, on seed 0.
         seeds: trainings of each delay.
         steps: of a training.
+        interval: steps between two installs.
     """
 
     task: str
@@ -48,6 +49,7 @@ class StalenessStudy:
     points: int
     seeds: int
     steps: int
+    interval: int
 
     def request(self, arm: str, batch: int, delay: int, k: int, seed: int) -> Request:
         """A training in process, every version installed exactly ``delay`` steps late."""
@@ -60,6 +62,7 @@ class StalenessStudy:
             batch,
             min(TASKS[self.task].eval_every, self.steps),
             install_delay=delay,
+            interval=self.interval,
         )
 
     def tried(self, arm: str, batch: int, known: Known) -> dict[int, float]:

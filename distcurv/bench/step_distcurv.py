@@ -83,14 +83,16 @@ def _service(knobs: Knobs) -> dict[str, Any]:
 
 def _period(pipeline: Pipeline) -> int:
     config = pipeline.config
-    return math.lcm(config.preconditioner_upd_interval, config.resolved_curvature_upd_interval)
+    return math.lcm(
+        config.resolved_preconditioner_upd_interval, config.resolved_curvature_upd_interval
+    )
 
 
 def _rhythm(pipeline: Pipeline) -> str:
     config = pipeline.config
     rank = "" if pipeline.table.specs[0].kind == "dense" else f"r = {config.rank}, "
     return (
-        f"{rank}interval {config.preconditioner_upd_interval}, statistics every "
+        f"{rank}interval {config.resolved_preconditioner_upd_interval}, statistics every "
         f"{config.resolved_curvature_upd_interval} steps"
     )
 

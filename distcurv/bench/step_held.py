@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 ELSEWHERE = "elsewhere"
 _PACKAGE = "distcurv."
@@ -66,6 +67,8 @@ def held(roots: Iterable[object], without: Iterable[Tensor], device: str) -> Hel
 
 
 def _has_storage(tensor: Tensor) -> bool:
+    if is_lazy(tensor):  # not made yet, and raises when it is asked
+        return False
     return tensor.layout is torch.strided and tensor.untyped_storage().nbytes() > 0
 
 

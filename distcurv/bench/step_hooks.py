@@ -37,9 +37,9 @@ SOAP = (
     Hook("_rule", "update", "apply"),
 )
 SOURCE = (
-    Hook("capture", "_observe", "capture"),
-    Hook("capture", "_deliver", "capture"),
-    Hook("capture", "_make_statistics", "capture"),
+    Hook("capture", "observe", "capture"),
+    Hook("capture", "deliver", "capture"),
+    Hook("capture", "make_statistics", "capture"),
     Hook("", "finish", "capture"),
     Hook("", "arm_if_due", "capture"),
 )
@@ -67,3 +67,13 @@ def _watch(clock: PhaseClock, root: object, hooks: tuple[Hook, ...]) -> None:
     for hook in hooks:
         owner = attrgetter(hook.path)(root) if hook.path else root
         clock.watch(owner, hook.method, hook.phase)
+
+
+def begin_captured_step(precond: Preconditioner) -> None:
+    """What `Preconditioner.step` does for the capture of the step that follows."""
+    precond._source.arm_if_due()
+
+
+def end_captured_step(precond: Preconditioner) -> None:
+    """What `Preconditioner.step` does for the capture of the step that has run."""
+    precond._source.finish()

@@ -104,7 +104,8 @@ def _sides(member: Any) -> int:
 
     pipeline = member.trainer.pipeline
     if pipeline is not None:
-        return sum(side.dim for spec in pipeline.table.specs for side in spec.sides)
+        matrices = [spec for spec in pipeline.table.specs if len(spec.sides) == 2]
+        return sum(side.dim for spec in matrices for side in spec.sides)
     shapes = [matrix_shape(p) for p in member.trainer.problem.model.parameters()]
     return sum(sum(shape) for shape in shapes if shape is not None)
 

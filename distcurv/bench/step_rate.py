@@ -26,7 +26,8 @@ class PlainProducts:
     """The products of some blocks; a dense side takes one, by its d×d inverse.
 
     Args:
-        specs: the blocks; those of one side take that side's products alone.
+        specs: the blocks; where a side is a diagonal, or the block has but one, nothing but
+            elementwise work is done, and no product counts.
         device: ``cpu`` or ``cuda``.
     """
 
@@ -36,20 +37,27 @@ class PlainProducts:
         self._products: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = []
         self.flops = 0
         for spec in specs:
-            side_A, side_G = spec.sides[0], spec.sides[-1]
+            if len(spec.sides) != 2:
+                continue
+            side_A, side_G = spec.sides
             O, I = side_G.dim, side_A.dim  # noqa: E741 (the legend's letters)
             X_OI, out_OI = torch.randn(O, I, device=device), torch.empty(O, I, device=device)
             U_Ia = torch.randn(I, side_A.rank, device=device)
             U_Og = torch.randn(O, side_G.rank, device=device)
-            if spec.kind == "dense":
-                self._add(X_OI, U_Ia, out_OI)
-                self._add(U_Og, X_OI, out_OI)
-                continue
-            right_Oa, left_gI = X_OI @ U_Ia, U_Og.mT @ X_OI
-            self._add(X_OI, U_Ia, right_Oa)
-            self._add(right_Oa, U_Ia.mT, out_OI)
-            self._add(U_Og.mT, X_OI, left_gI)
-            self._add(U_Og, left_gI, out_OI)
+            if side_A.rank:
+                if spec.kind == "dense":
+                    self._add(X_OI, U_Ia, out_OI)
+                else:
+                    right_Oa = X_OI @ U_Ia
+                    self._add(X_OI, U_Ia, right_Oa)
+                    self._add(right_Oa, U_Ia.mT, out_OI)
+            if side_G.rank:
+                if spec.kind == "dense":
+                    self._add(U_Og, X_OI, out_OI)
+                else:
+                    left_gI = U_Og.mT @ X_OI
+                    self._add(U_Og.mT, X_OI, left_gI)
+                    self._add(U_Og, left_gI, out_OI)
 
     def _add(self, left: torch.Tensor, right: torch.Tensor, out: torch.Tensor) -> None:
         self._products.append((left, right, out))

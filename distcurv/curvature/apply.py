@@ -23,12 +23,15 @@ Shape suffixes, after any number of leading batch dimensions: O output features,
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from distcurv.curvature.inverse import Inverse, LowRankInverse, apply_sides
+from distcurv.curvature.inverse import DenseInverse, Inverse, LowRankInverse, apply_sides
+from distcurv.curvature.one_sided import OneSidedInverse, UnitInverse, WholeInverse, multiply_units
+from distcurv.errors import ShapeError
 
 
 class AffineGradient(NamedTuple):
@@ -56,7 +59,8 @@ class Columns(NamedTuple):
     @classmethod
     def of(cls, all_I: Tensor, bias: bool) -> Columns:
         """The last column is apart where there is a bias."""
-        return cls(all_I, all_I[..., :-1] if bias else all_I, all_I[..., -1])
+        # (A rank's part may have no column at all.)
+        return cls(all_I, all_I[..., :-1] if bias else all_I, all_I[..., -1:].squeeze(-1))
 
 
 class ThinFactors(NamedTuple):
@@ -82,8 +86,12 @@ class DenseSides(NamedTuple):
     inverse_G: Inverse
     inverse_A: Inverse
 
+    def times(self, grad_OI: Tensor) -> Tensor:
+        """P [..., O, I]."""
+        return apply_sides(self.inverse_G, self.inverse_A, grad_OI)
 
-Prepared = ThinFactors | DenseSides
+
+Prepared = ThinFactors | DenseSides | OneSidedInverse | WholeInverse
 
 
 class Applied(NamedTuple):
@@ -95,7 +103,30 @@ class Applied(NamedTuple):
     inner: Tensor | None  # ⟨∇W, P⟩, float64
 
 
-def prepare(inverse_G: Inverse, inverse_A: Inverse, *, bias: bool) -> Prepared:
+def prepare_block(
+    inverses: Sequence[Inverse | OneSidedInverse | WholeInverse], *, bias: bool
+) -> Prepared:
+    """`prepare` of what `Kind.inverses` yields: sides A and G, or one for the whole block.
+
+    Raises `ShapeError` for one side that is not the inverse of a one-sided kind."""
+    if len(inverses) == 1:
+        (inverse_F,) = inverses
+        if isinstance(inverse_F, DenseInverse) or (
+            isinstance(inverse_F, LowRankInverse) and inverse_F.W_dr.shape[-1] > 0
+        ):
+            raise ShapeError(
+                "a block with one side has the inverse of a Kronecker side: use the kind "
+                "'diagonal' or 'unitwise' for it, or give the block two sides"
+            )
+        return inverse_F
+    inverse_A, inverse_G = inverses
+    whole = UnitInverse | WholeInverse
+    if isinstance(inverse_A, whole) or isinstance(inverse_G, whole):
+        raise ShapeError("a unit-wise inverse is that of a whole block, not one of two sides")
+    return prepare(inverse_G, inverse_A, bias=bias)
+
+
+def prepare(inverse_G: Inverse, inverse_A: Inverse, *, bias: bool) -> ThinFactors | DenseSides:
     """Lay out a block's inverses, once for each version: k(O + I) + g·O numbers.
 
     Args:
@@ -107,7 +138,7 @@ def prepare(inverse_G: Inverse, inverse_A: Inverse, *, bias: bool) -> Prepared:
     W_Og, W_Ia = inverse_G.W_dr, inverse_A.W_dr
     (O, g), (I, a) = W_Og.shape[-2:], W_Ia.shape[-2:]  # noqa: E741
     batch = W_Og.shape[:-2]
-    left_kO, right_kI = _room(W_Og, *batch, a + g, O), _room(W_Ia, *batch, a + g, I)
+    left_kO, right_kI = room(W_Og, *batch, a + g, O), room(W_Ia, *batch, a + g, I)
     root = inverse_A.inv_diag.sqrt()
     right_kI[..., :a, :] = (W_Ia / root.unsqueeze(-1)).mT
     row_O1 = inverse_G.inv_diag.unsqueeze(-1)
@@ -147,19 +178,21 @@ def apply(
     products to less than float32 unless told otherwise, call it inside `full_float32`.
 
     Args:
-        prepared: of `prepare`; its dtype is the gradient's.
+        prepared: of `prepare` or `prepare_block`; its dtype is the gradient's.
         grad: rows contiguous; a bias where ``prepare`` was told so.
         norms: measure ‖∇W‖ and ‖P‖.
         inner: measure ⟨∇W, P⟩.
     """
-    if isinstance(prepared, DenseSides):
+    if isinstance(prepared, DenseSides | WholeInverse):
         return _apply_dense(prepared, grad, norms, inner)
+    if not isinstance(prepared, ThinFactors):
+        return _apply_one_sided(prepared, grad, norms, inner)
     Z_aO, left_Ok, E, V, right, C_gO, row_O1, root_1I, row_in_V = prepared
     weight_OD, bias_O = grad
-    grad_norm = _norm(_row_norms(grad)) if norms else None
+    grad_norm = norm_of_rows(row_norms(grad)) if norms else None
     if root_1I is not None:
-        _scale_columns(grad, root_1I)
-    x_O = _row_norms(grad) if inner else None
+        scale_columns(grad, root_1I)
+    x_O = row_norms(grad) if inner else None
 
     torch.matmul(E.weight_D, weight_OD.mT, out=Z_aO)
     torch.matmul(C_gO, weight_OD, out=V.weight_D)
@@ -171,16 +204,16 @@ def apply(
     if x_O is not None:
         z_O = torch.linalg.vector_norm(Z_aO, dim=-2)
         outside_O = x_O.double().square_() - z_O.double().square_()
-        in_V = _square(V.all_I) - _square(core_ga)
+        in_V = square_norm(V.all_I) - square_norm(core_ga)
         product = (row_O1.squeeze(-1) * outside_O).sum(-1) - row_in_V * in_V
-    _subtract_product(V.all_I, core_ga, E.all_I)
-    _subtract_product(weight_OD, left_Ok, right.weight_D)
+    subtract_product(V.all_I, core_ga, E.all_I)
+    subtract_product(weight_OD, left_Ok, right.weight_D)
     if bias_O is not None:
         bias_O.addmv_(left_Ok, right.last, alpha=-1)
 
     if root_1I is not None:
-        _scale_columns(grad, root_1I)
-    norm = _norm(_row_norms(grad).mul_(row_O1.squeeze(-1))) if norms else None
+        scale_columns(grad, root_1I)
+    norm = norm_of_rows(row_norms(grad).mul_(row_O1.squeeze(-1))) if norms else None
     return Applied(row_O1, grad_norm, norm, product)
 
 
@@ -198,11 +231,13 @@ def finish(grad: AffineGradient, row_O1: Tensor | None, scale: Tensor | None) ->
         grad.bias_O.mul_(factor_O1.squeeze(-1) if factor_O1.dim() else factor_O1)
 
 
-def _apply_dense(prepared: DenseSides, grad: AffineGradient, norms: bool, inner: bool) -> Applied:
+def _apply_dense(
+    prepared: DenseSides | WholeInverse, grad: AffineGradient, norms: bool, inner: bool
+) -> Applied:
     grad_OI = grad.whole()
-    direction_OI = apply_sides(prepared.inverse_G, prepared.inverse_A, grad_OI)
-    grad_norm = _norm(torch.linalg.vector_norm(grad_OI, dim=-1)) if norms else None
-    norm = _norm(torch.linalg.vector_norm(direction_OI, dim=-1)) if norms else None
+    direction_OI = prepared.times(grad_OI)
+    grad_norm = norm_of_rows(torch.linalg.vector_norm(grad_OI, dim=-1)) if norms else None
+    norm = norm_of_rows(torch.linalg.vector_norm(direction_OI, dim=-1)) if norms else None
     product = (grad_OI.double() * direction_OI).sum((-2, -1)) if inner else None
     D = grad.weight_OD.shape[-1]
     grad.weight_OD.copy_(direction_OI[..., :D])
@@ -211,37 +246,52 @@ def _apply_dense(prepared: DenseSides, grad: AffineGradient, norms: bool, inner:
     return Applied(None, grad_norm, norm, product)
 
 
-def _room(like: Tensor, *shape: int) -> Tensor:
+def _apply_one_sided(
+    inverse: OneSidedInverse, grad: AffineGradient, norms: bool, inner: bool
+) -> Applied:
+    measured = norms or inner
+    before = grad.whole().clone() if measured else grad.weight_OD
+    multiply_units(inverse, grad.weight_OD, grad.bias_O)
+    after = grad.whole() if measured else grad.weight_OD
+    return Applied(
+        None,
+        norm_of_rows(torch.linalg.vector_norm(before, dim=-1)) if norms else None,
+        norm_of_rows(torch.linalg.vector_norm(after, dim=-1)) if norms else None,
+        (before.double() * after).sum((-2, -1)) if inner else None,
+    )
+
+
+def room(like: Tensor, *shape: int) -> Tensor:
     """An empty tensor whose rows begin at multiples of 16 numbers: products are faster then."""
     return like.new_empty(*shape[:-1], -(-shape[-1] // 16) * 16)[..., : shape[-1]]
 
 
-def _row_norms(grad: AffineGradient) -> Tensor:
+def row_norms(grad: AffineGradient) -> Tensor:
     """[..., O]."""
     norms_O: Tensor = torch.linalg.vector_norm(grad.weight_OD, dim=-1)
     return norms_O if grad.bias_O is None else norms_O.hypot_(grad.bias_O)
 
 
-def _norm(norms_O: Tensor) -> Tensor:
+def norm_of_rows(norms_O: Tensor) -> Tensor:
     """[...], from the norms of the rows: a sum over all entries at once would err more."""
     norm: Tensor = torch.linalg.vector_norm(norms_O, dim=-1)
     return norm
 
 
-def _square(matrix: Tensor) -> Tensor:
+def square_norm(matrix: Tensor) -> Tensor:
     """‖matrix‖², [...] in float64."""
     rows: Tensor = torch.linalg.vector_norm(matrix, dim=-1).double().square_()
     return rows.sum(-1)
 
 
-def _scale_columns(grad: AffineGradient, factor_1I: Tensor) -> None:
+def scale_columns(grad: AffineGradient, factor_1I: Tensor) -> None:
     D = grad.weight_OD.shape[-1]
     grad.weight_OD.mul_(factor_1I[..., :D])
     if grad.bias_O is not None:
         grad.bias_O.mul_(factor_1I[..., 0, D:])
 
 
-def _subtract_product(out: Tensor, left: Tensor, right: Tensor) -> None:
+def subtract_product(out: Tensor, left: Tensor, right: Tensor) -> None:
     """out −= left @ right without a temporary of out's size; at most one batch dimension."""
     if out.dim() == 2:
         out.addmm_(left, right, alpha=-1)

@@ -28,7 +28,7 @@ def ema_weights(decay: float, steps: Tensor, weight: Tensor) -> EmaWeights:
     The same as Adam's bias correction (Kingma and Ba 2015, section 3) applied n times in a row.
 
     Args:
-        decay: rho, 0 <= rho < 1.
+        decay: rho, 0 <= rho <= 1.  With 1 nothing is forgotten: the mean of all, w' = w + n.
         steps: n [B] or (), any dtype, n >= 0. Where n = 0 nothing changes: a = 1, b = 0, w' = w.
         weight: w [B] or ().
 
@@ -36,12 +36,12 @@ def ema_weights(decay: float, steps: Tensor, weight: Tensor) -> EmaWeights:
         a, b, w' in float64, shaped as the broadcast of ``steps`` and ``weight``.
 
     Raises:
-        ConfigError: the decay is outside [0, 1).
+        ConfigError: the decay is outside [0, 1].
     """
-    if not 0.0 <= decay < 1.0:
-        raise ConfigError(f"decay is {decay}: give 0 <= decay < 1")
+    if not 0.0 <= decay <= 1.0:
+        raise ConfigError(f"decay is {decay}: give 0 <= decay <= 1")
     kept = torch.pow(decay, steps.double())
-    fresh = 1.0 - kept
+    fresh = 1.0 - kept if decay < 1.0 else steps.double()
     total = kept * weight.double() + fresh
     new_share = fresh / torch.where(total > 0, total, 1.0)
     return EmaWeights(1.0 - new_share, new_share, total)

@@ -25,7 +25,6 @@ rest where g = O, the left part and the rest where a = I. Dropped parts are tens
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -38,87 +37,12 @@ from distcurv.curvature.four_block_parts import (
     rest_mean_squares,
     split,
 )
+from distcurv.curvature.four_block_state import FourBlockState
 from distcurv.errors import ShapeError
 
 # v₃ is read as at least this share of the mean second moment over all entries. Without it a rest
 # that is empty but for rounding is divided by its own noise and the step diverges in float32.
 REST_FLOOR = 1e-4
-
-
-class FourBlockState(NamedTuple):
-    """All that `advance` carries from step to step; flat, so that it can be saved field by field.
-
-    float32 (float64 where the gradients are). The momentum must not be kept narrower: the
-    direction holds a difference of M/√v₃ and its projections.
-    """
-
-    momentum_OI: Tensor  # EMA of the gradient, β₁, not bias corrected
-    core_ga: Tensor  # parts of the momentum in the installed basis
-    right_Oa: Tensor
-    left_gI: Tensor
-    v_core_ga: Tensor  # EMAs of the squared parts of the gradient, β₂, not bias corrected
-    v_right_Oa: Tensor
-    v_left_gI: Tensor
-    v_rest: Tensor  # [...]: EMA of the mean square of the rest; 0 where there is no rest
-
-    @property
-    def means(self) -> Parts:
-        """The momentum's parts."""
-        return Parts(self.core_ga, self.right_Oa, self.left_gI)
-
-    @property
-    def moments(self) -> Parts:
-        """The elementwise second moments, in the order of `Parts`."""
-        return Parts(self.v_core_ga, self.v_right_Oa, self.v_left_gI)
-
-
-def init_state(
-    shape: Sequence[int],
-    rank_out: int,
-    rank_in: int,
-    *,
-    dtype: torch.dtype = torch.float32,
-    device: torch.device | str | None = None,
-) -> FourBlockState:
-    """The state before the first update: momentum and moments zero, hence valid in any basis.
-
-    Args:
-        shape: [..., O, I], the shape of the gradient, leading batch dimensions first.
-        rank_out: g, columns of the output basis, 1 ≤ g ≤ O.
-        rank_in: a, columns of the input basis, 1 ≤ a ≤ I.
-        dtype: float32 or float64.
-        device: where the state lives.
-
-    Raises:
-        ShapeError: for a shape of fewer than two dimensions, a rank out of range, another dtype.
-    """
-    if len(shape) < 2:
-        raise ShapeError(
-            f"four-block shape {tuple(shape)} is not a matrix [..., O, I]: reshape the parameter "
-            "to a matrix or give it AdamW's rule"
-        )
-    if dtype not in (torch.float32, torch.float64):
-        raise ShapeError(f"four-block dtype {dtype} is too narrow: use torch.float32 or float64")
-    *batch, d_out, d_in = shape
-    for name, rank, width in (("rank_out", rank_out, d_out), ("rank_in", rank_in, d_in)):
-        if not 1 <= rank <= width:
-            raise ShapeError(f"{name} {rank} is not in 1..{width}: pass min(rank, {width})")
-
-    def zeros(*tail: int) -> Tensor:
-        return torch.zeros([*batch, *tail], dtype=dtype, device=device)
-
-    right = (0 if rank_out == d_out else d_out, rank_in)
-    left = (rank_out, 0 if rank_in == d_in else d_in)
-    return FourBlockState(
-        momentum_OI=zeros(d_out, d_in),
-        core_ga=zeros(rank_out, rank_in),
-        right_Oa=zeros(*right),
-        left_gI=zeros(*left),
-        v_core_ga=zeros(rank_out, rank_in),
-        v_right_Oa=zeros(*right),
-        v_left_gI=zeros(*left),
-        v_rest=zeros(),
-    )
 
 
 def advance(
@@ -177,13 +101,50 @@ def advance(
         for grad, out, into, projected in zip(grads, bases_out_Og, bases_in_Ia, made, strict=True)
     ]
     open_ = [b for b, s in enumerate(states) if s.right_Oa.numel() and s.left_gI.numel()]
+    squares: list[Tensor] = []
+    if open_:
+        squares = rest_mean_squares([grads[b] for b in open_], [parts[b] for b in open_])
+    bases = (bases_out_Og, bases_in_Ia)
+    heights = [len(out) for out in bases_out_Og]
+    return fold_parts(
+        states, grads, parts, bases, heights, open_, squares, None, steps, (beta1, beta2), eps
+    )
+
+
+def fold_parts(
+    states: Sequence[FourBlockState],
+    grads: Sequence[Tensor],
+    parts: Sequence[Parts],
+    bases: tuple[Sequence[Tensor], Sequence[Tensor]],
+    heights: Sequence[int],
+    open_: Sequence[int],
+    squares: Sequence[Tensor],
+    right_totals: Sequence[Tensor] | None,
+    steps: Sequence[int],
+    betas: tuple[float, float],
+    eps: float,
+) -> list[Direction]:
+    """What `advance` does once the gradients are split; their rows may be those of one rank.
+
+    Args:
+        states, grads, steps, eps: see `advance`; ``grads`` have the dtype of the states.
+        parts: of the gradients.
+        bases: (U_G, U_A) of each block; U_G with the rows that ``grads`` have.
+        heights: O of each block, however many rows are here.
+        open_: the blocks that have a rest.
+        squares: of each open block, the mean square of the gradient's rest.
+        right_totals: of each open block, the sum of its ``v_right_Oa`` with this gradient, where
+            that has only some rows here.
+        betas: (β₁, β₂).
+    """
+    beta1, beta2 = betas
+    bases_out_Og, bases_in_Ia = bases
     kept = [(b, i) for b, of_block in enumerate(parts) for i in range(3) if of_block[i].numel()]
     new = [parts[b][i] for b, i in kept]
     moments = [states[b].moments[i] for b, i in kept]
     means = [states[b].means[i] for b, i in kept]
 
     if open_:
-        squares = rest_mean_squares([grads[b] for b in open_], [parts[b] for b in open_])
         dtype = states[0].v_rest.dtype
         torch._foreach_lerp_(
             [states[b].v_rest for b in open_], [s.to(dtype) for s in squares], 1 - beta2
@@ -193,15 +154,16 @@ def advance(
     # The parts are linear in the matrix, so those of the momentum follow by the same EMA as the
     # momentum itself for as long as the basis stands.
     momenta = [state.momentum_OI for state in states]
-    torch._foreach_lerp_(momenta + means, grads + new, 1 - beta1)
+    torch._foreach_lerp_(momenta + means, [*grads, *new], 1 - beta1)
 
     bias1 = [1 - beta1**step for step in steps]
     root_bias2 = [(1 - beta2**step) ** 0.5 for step in steps]
     per_rest: list[Tensor | None] = [None] * len(states)
     if open_:
-        for b, rate in zip(open_, _per_rest(states, open_, bias1, root_bias2, eps), strict=True):
+        rates = _per_rest(states, heights, open_, right_totals, bias1, root_bias2, eps)
+        for b, rate in zip(open_, rates, strict=True):
             per_rest[b] = rate
-    shares = [_share(states[b], i) ** 0.5 for b, i in kept]
+    shares = [_share(states[b], heights[b], i) ** 0.5 for b, i in kept]
     scales = torch._foreach_sqrt(moments)
     torch._foreach_mul_(
         scales, [bias1[b] / (root_bias2[b] * sh) for (b, _), sh in zip(kept, shares, strict=True)]
@@ -230,7 +192,9 @@ def advance(
 
 def _per_rest(
     states: Sequence[FourBlockState],
+    heights: Sequence[int],
     open_: Sequence[int],
+    right_totals: Sequence[Tensor] | None,
     bias1: Sequence[float],
     root_bias2: Sequence[float],
     eps: float,
@@ -238,9 +202,12 @@ def _per_rest(
     """1/√v₃ with the floor and Adam's bias corrections, 0-dim each."""
     moments = [moment for b in open_ for moment in states[b].moments]
     # Moments are ≥ 0: their 1-norm is their sum.
-    totals = torch.stack(torch._foreach_norm(moments, 1)).view(-1, 3).sum(1)
-    floors = list((totals * REST_FLOOR).unbind())
-    torch._foreach_div_(floors, [float(states[b].momentum_OI.numel()) for b in open_])
+    sums = torch.stack(torch._foreach_norm(moments, 1)).view(-1, 3)
+    if right_totals is not None:
+        sums[:, 1] = torch.stack(list(right_totals))
+    floors = list((sums.sum(1) * REST_FLOOR).unbind())
+    numbers = [float(heights[b] * states[b].momentum_OI.shape[1]) for b in open_]
+    torch._foreach_div_(floors, numbers)
     torch._foreach_maximum_(floors, [states[b].v_rest for b in open_])
     torch._foreach_sqrt_(floors)
     torch._foreach_mul_(floors, [bias1[b] / root_bias2[b] for b in open_])
@@ -249,9 +216,9 @@ def _per_rest(
     return floors
 
 
-def _share(state: FourBlockState, part: int) -> float:
+def _share(state: FourBlockState, d_out: int, part: int) -> float:
     """What of its degrees of freedom a part's elements have for themselves."""
-    d_out, d_in = state.momentum_OI.shape
+    d_in = state.momentum_OI.shape[1]
     rank_out, rank_in = state.core_ga.shape
     return (1.0, (d_out - rank_out) / d_out, (d_in - rank_in) / d_in)[part]
 

@@ -94,6 +94,39 @@ def split(
     return Parts(core_ga, right_Oa, left_gI)
 
 
+def project_rows(
+    matrix_oI: Tensor, basis_out_og: Tensor, basis_in_Ia: Tensor, d_out: int
+) -> tuple[Tensor | None, Tensor]:
+    """`project` where a rank may hold only some of the O = ``d_out`` rows, o of them.
+
+    Returns:
+        X U_A [..., o, a] (None where g = O and a < I), and what is a sum over rows, to be summed
+        over ranks: U_Gᵀ X [..., g, I], or the core [..., g, a] where a = I.
+    """
+    full_in = basis_in_Ia.shape[-1] == basis_in_Ia.shape[-2]
+    if basis_out_og.shape[-1] == d_out and not full_in:
+        return None, basis_out_og.mT @ matrix_oI
+    in_oa = matrix_oI @ basis_in_Ia
+    return in_oa, basis_out_og.mT @ (in_oa if full_in else matrix_oI)
+
+
+def split_rows(
+    in_oa: Tensor | None, summed: Tensor, basis_out_og: Tensor, basis_in_Ia: Tensor, d_out: int
+) -> Parts:
+    """`split` from what `project_rows` yields, its second result summed; both are overwritten.
+
+    Core and left part are whole, the right part has the o rows that are here."""
+    batch, a = summed.shape[:-2], basis_in_Ia.shape[-1]
+    if a == basis_in_Ia.shape[-2]:
+        core_ga, left_gI = summed, summed.new_empty([*batch, summed.shape[-2], 0])
+    else:
+        core_ga = summed @ basis_in_Ia
+        left_gI = summed.sub_(core_ga @ basis_in_Ia.mT)
+    if in_oa is None or basis_out_og.shape[-1] == d_out:
+        return Parts(core_ga, summed.new_empty([*batch, 0, a]), left_gI)
+    return Parts(core_ga, in_oa.sub_(basis_out_og @ core_ga), left_gI)
+
+
 def rest_mean_squares(matrices_OI: Sequence[Tensor], parts: Sequence[Parts]) -> list[Tensor]:
     """Mean square of each matrix's fourth part, 0-dim in float64 each, without forming it.
 

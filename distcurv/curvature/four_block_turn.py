@@ -16,13 +16,14 @@ alone d width, r old rank, s new rank.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from distcurv.curvature.four_block import FourBlockState
-from distcurv.curvature.four_block_parts import check_bases, split
+from distcurv.curvature.four_block_parts import check_bases, project_rows, split_rows
+from distcurv.curvature.four_block_state import FourBlockState
 from distcurv.errors import ShapeError
 
 # A coordinate with less than this share of itself outside the old basis has nothing to share out;
@@ -41,6 +42,20 @@ class _Side(NamedTuple):
     rest_kept_d: Tensor  # dimensions of the old complement left at coordinate d
     was_full: bool
     is_full: bool
+
+
+class Turning(NamedTuple):
+    """A turn between its two halves: ``addends`` are sums over the rows that are here.
+
+    [bc_G R; cc_Gᵀ R] of the moments and what `project_rows` makes of the momentum."""
+
+    rows: tuple[int, int]
+    out: _Side
+    inp: _Side
+    new_out_oh: Tensor
+    new_in_Ib: Tensor
+    momentum_in_ob: Tensor | None
+    addends: tuple[Tensor, Tensor]
 
 
 def turn(
@@ -68,7 +83,29 @@ def turn(
     Raises:
         ShapeError: where a basis does not fit the block, or the old ones do not fit the state.
     """
-    shape = state.momentum_OI.shape
+    turning = begin_turn(state, old_out_Og, old_in_Ia, new_out_Oh, new_in_Ib, None)
+    return complete_turn(state, turning, turning.addends)
+
+
+def begin_turn(
+    state: FourBlockState,
+    old_out_Og: Tensor,
+    old_in_Ia: Tensor,
+    new_out_Oh: Tensor,
+    new_in_Ib: Tensor,
+    rows: tuple[int, int] | None,
+) -> Turning:
+    """The first half of `turn`, of a state that has only these rows of the block, or None for all;
+    with the whole bases.
+
+    Raises:
+        ShapeError: as `turn`.
+    """
+    *batch, here, d_in = state.momentum_OI.shape
+    start, stop = rows or (0, here)
+    # Of a part only the bases know the whole.
+    d_out = here if rows is None else old_out_Og.shape[-2]
+    shape = (*batch, d_out, d_in)
     check_bases(shape, old_out_Og, old_in_Ia)
     check_bases(shape, new_out_Oh, new_in_Ib)
     old_ranks = (old_out_Og.shape[-1], old_in_Ia.shape[-1])
@@ -79,9 +116,27 @@ def turn(
         )
     out = _side(old_out_Og, new_out_Oh)
     inp = _side(old_in_Ia, new_in_Ib)
-    core_ga, right_Oa, left_gI = state.moments
+    beside = state.v_right_Oa.new_zeros(0)
+    if not out.was_full:
+        leaves_so = out.beside_to_in_sd[..., :, start:stop]
+        stays_1o = out.beside_kept_d[..., None, start:stop]
+        beside = torch.cat([leaves_so, stays_1o], -2) @ state.v_right_Oa
+    new_out_oh = new_out_Oh[..., start:stop, :]
+    in_ob, over_rows = project_rows(state.momentum_OI, new_out_oh, new_in_Ib, d_out)
+    return Turning((start, stop), out, inp, new_out_oh, new_in_Ib, in_ob, (beside, over_rows))
+
+
+def complete_turn(
+    state: FourBlockState, turning: Turning, summed: Sequence[Tensor]
+) -> FourBlockState:
+    """The second half of `turn`: ``summed`` are the addends, summed over all ranks with rows of
+    the block; overwritten."""
+    (start, stop), out, inp, new_out_oh, new_in_Ib, momentum_in_ob, _ = turning
+    beside, over_rows = summed
+    core_ga, right_oa, left_gI = state.moments
     v_rest = state.v_rest[..., None, None]
-    d_out, d_in = shape[-2:]
+    d_out, d_in = out.beside_kept_d.shape[-1], new_in_Ib.shape[-2]
+    rank_out = new_out_oh.shape[-1]
 
     # Old energy by where it sits on the input side, seen from the output side's basis and
     # complement: first turn the input side, then the output side.
@@ -91,26 +146,26 @@ def turn(
         basis_in_gb = basis_in_gb + left_gI @ inp.beside_to_in_sd.mT
         basis_beside_gI = basis_beside_gI + left_gI * inp.beside_kept_d[..., None, :]
     v_core = out.in_to_in_sr @ basis_in_gb
-    v_right = out.in_to_beside_dr @ basis_in_gb
+    v_right = out.in_to_beside_dr[..., start:stop, :] @ basis_in_gb
     v_left = out.in_to_in_sr @ basis_beside_gI
     rest = _total(out.in_to_beside_dr.sum(-2, keepdim=True) @ basis_beside_gI)
     if not out.was_full:
-        beside_in_Ob = right_Oa @ inp.in_to_in_sr.mT
-        v_core = v_core + out.beside_to_in_sd @ beside_in_Ob
-        v_right = v_right + out.beside_kept_d[..., :, None] * beside_in_Ob
-        beside_total_O = right_Oa @ inp.in_to_beside_dr.sum(-2)[..., :, None]
-        v_left = v_left + (out.beside_to_in_sd @ right_Oa) @ inp.in_to_beside_dr.mT
-        rest = rest + _total(out.beside_kept_d[..., None, :] @ beside_total_O)
+        leaves_ha, stays_1a = beside[..., :rank_out, :], beside[..., rank_out:, :]
+        v_core = v_core + leaves_ha @ inp.in_to_in_sr.mT
+        v_left = v_left + leaves_ha @ inp.in_to_beside_dr.mT
+        kept_o1 = out.beside_kept_d[..., start:stop, None]
+        v_right = v_right + kept_o1 * (right_oa @ inp.in_to_in_sr.mT)
+        rest = rest + _total(stays_1a @ inp.in_to_beside_dr.sum(-2)[..., :, None])
     if not (out.was_full or inp.was_full):
         in_h, kept_O = out.rest_to_in_s[..., :, None], out.rest_kept_d[..., :, None]
         in_b, kept_I = inp.rest_to_in_s[..., None, :], inp.rest_kept_d[..., None, :]
         v_core = v_core + v_rest * (in_h * in_b)
-        v_right = v_right + v_rest * (kept_O * in_b)
+        v_right = v_right + v_rest * (kept_O[..., start:stop, :] * in_b)
         v_left = v_left + v_rest * (in_h * kept_I)
         rest = rest + state.v_rest * _total(kept_O) * _total(kept_I)
 
-    dims_out, dims_in = d_out - new_out_Oh.shape[-1], d_in - new_in_Ib.shape[-1]
-    momentum = split(state.momentum_OI, new_out_Oh, new_in_Ib)
+    dims_out, dims_in = d_out - rank_out, d_in - new_in_Ib.shape[-1]
+    momentum = split_rows(momentum_in_ob, over_rows, new_out_oh, new_in_Ib, d_out)
     return FourBlockState(
         momentum_OI=state.momentum_OI,
         core_ga=momentum.core_ga,

@@ -1,6 +1,7 @@
 """Inverses of damped factors, in a form that is applied without ever being densified.
 
-Low rank: (D + U diag(w) Uᵀ)⁻¹ = D⁻¹ − W Wᵀ, two thin products to apply. Dense: the matrix itself.
+Low rank: (D + U diag(w) Uᵀ)⁻¹ = D⁻¹ − W Wᵀ, two thin products to apply. Diagonal: the same without
+W. Dense: the matrix itself.
 
 In float32 a direction of eigenvalue w over a floor D comes out as the small difference of two
 numbers of size 1/D, which loses a share of about eps · w/D: D is therefore kept at `FLOOR` times
@@ -46,6 +47,19 @@ class DenseInverse(NamedTuple):
 
 
 Inverse = LowRankInverse | DenseInverse
+
+
+def invert_diagonal(diagonal_d: Tensor, damping: Tensor) -> LowRankInverse:
+    """(diag(a) + damping · I)⁻¹ with the floor `FLOOR` · max(a): no W, of shape [..., d, 0].
+
+    Args:
+        diagonal_d: a [..., d] ≥ 0; the result has its dtype.
+        damping: [...] ≥ 0. Where diagonal and damping are all zero the inverse is the identity.
+    """
+    D_d = diagonal_d.double() + damping.double().unsqueeze(-1)
+    D_d = torch.maximum(D_d, FLOOR * diagonal_d.double().amax(-1, keepdim=True))
+    inv_d = (1.0 / torch.where(D_d > 0, D_d, 1.0)).to(diagonal_d.dtype)
+    return LowRankInverse(inv_d, inv_d.new_empty(*inv_d.shape, 0))
 
 
 def invert_low_rank(estimate: Estimate, damping: Tensor) -> LowRankInverse:
@@ -109,6 +123,8 @@ def apply_left(inverse_G: Inverse, X_OI: Tensor) -> Tensor:
     if isinstance(inverse_G, DenseInverse):
         return inverse_G.matrix @ X_OI
     scaled_OI = inverse_G.inv_diag.unsqueeze(-1) * X_OI
+    if inverse_G.W_dr.shape[-1] == 0:
+        return scaled_OI
     return scaled_OI - inverse_G.W_dr @ (inverse_G.W_dr.mT @ X_OI)
 
 
@@ -117,6 +133,8 @@ def apply_right(inverse_A: Inverse, X_OI: Tensor) -> Tensor:
     if isinstance(inverse_A, DenseInverse):
         return X_OI @ inverse_A.matrix
     scaled_OI = X_OI * inverse_A.inv_diag.unsqueeze(-2)
+    if inverse_A.W_dr.shape[-1] == 0:
+        return scaled_OI
     return scaled_OI - (X_OI @ inverse_A.W_dr) @ inverse_A.W_dr.mT
 
 

@@ -11,7 +11,9 @@ Letters: N rows, k = ``every``.
 
 from __future__ import annotations
 
+import itertools
 import math
+import operator
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -42,16 +44,20 @@ class RowDraw:
 
 @dataclass(frozen=True)
 class GridDraw:
-    """Rows of images: independent draws of images, pixel rows and pixel columns."""
+    """Rows of images: independent draws of images and along each of their axes."""
 
     samples: RowDraw
-    down: RowDraw
-    across: RowDraw
+    axes: tuple[RowDraw, ...]
 
     @property
     def weight(self) -> int:
         """Of sums over the drawn positions of the drawn images."""
-        return self.samples.every * self.down.every * self.across.every
+        return self.samples.every * math.prod(axis.every for axis in self.axes)
+
+    @property
+    def slices(self) -> tuple[slice, ...]:
+        """Of the axes."""
+        return tuple(axis.slice for axis in self.axes)
 
 
 @dataclass(frozen=True)
@@ -77,17 +83,18 @@ class Sampler:
         every = _coprime_step(samples * positions, positions, self.max_rows)
         return RowDraw(self.number % every, every)
 
-    def grid(self, samples: int, height: int, width: int) -> GridDraw:
-        """Of samples times height times width rows.
+    def grid(self, samples: int, *sizes: int) -> GridDraw:
+        """Of samples times sizes[0] times sizes[1] ... rows.
 
-        The steps divide height and width, so that every draw has the same number of positions."""
-        steps = _grid_steps(samples, height, width, self.max_rows)
+        Where there are two axes or more the steps divide the sizes, so that every draw has the
+        same number of positions.  A single axis has few divisors to choose from, maybe none, and
+        is drawn with any step: the numbers of positions differ by one at most."""
         draws = []
         number = self.number
-        for every in steps:
+        for every in _grid_steps(samples, sizes, self.max_rows):
             number, first = divmod(number, every)
             draws.append(RowDraw(first, every))
-        return GridDraw(*draws)
+        return GridDraw(draws[0], tuple(draws[1:]))
 
 
 @lru_cache(maxsize=256)
@@ -102,20 +109,24 @@ def _coprime_step(total: int, positions: int, max_rows: int) -> int:
 
 
 @lru_cache(maxsize=256)
-def _grid_steps(samples: int, height: int, width: int, max_rows: int) -> tuple[int, int, int]:
-    """Steps over samples, down and across."""
-    if samples * height * width <= max_rows:
-        return 1, 1, 1
+def _grid_steps(samples: int, sizes: tuple[int, ...], max_rows: int) -> tuple[int, ...]:
+    """Steps over samples and along each axis."""
+    if samples * math.prod(sizes) <= max_rows:
+        return (1,) * (1 + len(sizes))
     most = max(min(POSITIONS_OF_AN_IMAGE, max_rows), max_rows // samples)
-    # As many positions as may be, spread as evenly as can be.
-    positions, _, down, across = max(
-        (rows * columns, -abs(rows - columns), height // rows, width // columns)
-        for rows in _divisors(height)
-        for columns in _divisors(width)
-        if rows * columns <= most
-    )
+    if len(sizes) == 1:
+        steps = (math.ceil(sizes[0] / most),)
+        positions = math.ceil(sizes[0] / steps[0])
+    else:
+        # As many positions as may be, spread as evenly as can be.
+        positions, _, *divided = max(
+            (math.prod(counts), min(counts) - max(counts), *map(operator.floordiv, sizes, counts))
+            for counts in itertools.product(*map(_divisors, sizes))
+            if math.prod(counts) <= most
+        )
+        steps = tuple(divided)
     images = max_rows // positions
-    return math.ceil(samples / images), down, across
+    return math.ceil(samples / images), *steps
 
 
 def _divisors(number: int) -> list[int]:

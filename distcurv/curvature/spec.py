@@ -20,40 +20,61 @@ from torch import Tensor
 from distcurv.errors import ShapeError
 
 TAILS = ("none", "isotropic", "diagonal")
-ENCODINGS = ("sketch", "dense")
+RANKLESS = ("diagonal", "unit")  # encodings of factors that have no basis
+ENCODINGS = ("sketch", "dense", *RANKLESS)
 SIDE_NAMES = ("A", "G")  # input side, output side: prefixes of the names in a layout
+ONE_SIDE = "F"  # the prefix where a block has one side alone
+MOST_SIDES = 8  # of a tensor of more than two dimensions: one side for each, M0, M1, ...
 
 Tensors = dict[str, Tensor]
 
 
 @dataclass(frozen=True)
 class SideSpec:
-    """One Kronecker side.
+    """One Kronecker side, or the whole of a block that has one side alone.
 
     Attributes:
-        dim: the side's dimension d (with the bias coordinate where there is one).
-        rank: r of the published basis, 1 <= r <= d.  Equal to ``dim`` for the full basis.
+        dim: the side's dimension d (with the bias coordinate where there is one).  Of a block with
+            one side: how many parameters it has, or for ``unit`` how many units.
+        rank: r of the published basis, 1 <= r <= d.  Equal to ``dim`` for the full basis; 0 where
+            the encoding is ``diagonal`` or ``unit``, and only there.
         tail: what stands for the part outside the basis: ``none | isotropic | diagonal``.
-        encoding: how the statistic travels: ``sketch`` (d x r) or ``dense`` (packed triangle).
+        encoding: how the statistic travels: ``sketch`` (d x r), ``dense`` (packed triangle),
+            ``diagonal`` (d: the factor is a diagonal) or ``unit`` (3 d: one symmetric 2 x 2 matrix
+            for each unit's weight and bias); the last two with the tail ``diagonal``.
+        units: how many matrices of this dimension stand on the diagonal of the factor, each of its
+            own; other than 1 only for the kind ``unit_rows``.
     """
 
     dim: int
     rank: int
     tail: str = "isotropic"
     encoding: str = "sketch"
+    units: int = 1
 
     def __post_init__(self) -> None:
         if self.dim < 1:
             raise ShapeError(f"SideSpec.dim is {self.dim}: a side needs at least one dimension")
-        if not 1 <= self.rank <= self.dim:
+        if self.units < 1 or (self.units > 1 and self.encoding != "dense"):
             raise ShapeError(
-                f"SideSpec.rank is {self.rank} for dim {self.dim}: give a rank from 1 to dim"
+                f"SideSpec has {self.units} units and encoding {self.encoding!r}: give one, or "
+                f"several with the encoding 'dense'"
             )
         if self.tail not in TAILS:
             raise ShapeError(f"SideSpec.tail is {self.tail!r}: use one of {', '.join(TAILS)}")
         if self.encoding not in ENCODINGS:
             raise ShapeError(
                 f"SideSpec.encoding is {self.encoding!r}: use one of {', '.join(ENCODINGS)}"
+            )
+        if self.encoding in RANKLESS:
+            if self.rank != 0 or self.tail != "diagonal":
+                raise ShapeError(
+                    f"SideSpec has encoding {self.encoding!r} with rank {self.rank} and tail "
+                    f"{self.tail!r}: such a side has no basis, give rank 0 and tail 'diagonal'"
+                )
+        elif not 1 <= self.rank <= self.dim:
+            raise ShapeError(
+                f"SideSpec.rank is {self.rank} for dim {self.dim}: give a rank from 1 to dim"
             )
 
 
@@ -64,10 +85,14 @@ class BlockSpec:
     Attributes:
         name: unique in its table, normally the parameter's or the layer's name.
         kind: key into `distcurv.curvature.kinds.KINDS`.
-        sides: input side A first, then output side G.
-        decay: the factor's EMA decay rho per statistic step, 0 <= rho < 1.
+        sides: input side A first, then output side G; or one side F, for the block as a whole; or
+            three to eight, M0, M1, ..., one for each dimension of a tensor, in order.
+        decay: the factor's EMA decay rho per statistic step, 0 <= rho <= 1; 1 forgets nothing: the
+            mean of all statistics, of which the weight is the number.
         damping: delta; used by kinds whose refresh needs it (dense), else read on the ranks.
         relative_damping: damping is a multiple of the mean eigenvalue instead of absolute.
+        power: what the inverse of each side's damped factor is raised to, > 0; other than 1 for
+            the kind ``shampoo`` alone.
     """
 
     name: str
@@ -76,23 +101,50 @@ class BlockSpec:
     decay: float
     damping: float = 0.0
     relative_damping: bool = False
+    power: float = 1.0
 
     def __post_init__(self) -> None:
-        if not 1 <= len(self.sides) <= len(SIDE_NAMES):
+        if not 1 <= len(self.sides) <= MOST_SIDES:
             raise ShapeError(
-                f"BlockSpec {self.name!r} has {len(self.sides)} sides: give the input side A, "
-                f"or the input side A and the output side G"
+                f"BlockSpec {self.name!r} has {len(self.sides)} sides: give the input side A and "
+                f"the output side G, one side for the block as a whole, or one for each dimension "
+                f"of a tensor, {MOST_SIDES} at most"
             )
-        if not 0.0 <= self.decay < 1.0:
-            raise ShapeError(f"BlockSpec {self.name!r} has decay {self.decay}: give 0 <= decay < 1")
+        if len(self.sides) > 1 and any(side.encoding == "unit" for side in self.sides):
+            raise ShapeError(
+                f"BlockSpec {self.name!r} has several sides, one of encoding 'unit': that encoding "
+                f"is for blocks with one side"
+            )
+        if len(self.sides) > 1 and any(side.units > 1 for side in self.sides):
+            raise ShapeError(
+                f"BlockSpec {self.name!r} has several sides, one of several units: those are for "
+                f"blocks with one side"
+            )
+        if not 0.0 <= self.decay <= 1.0:
+            raise ShapeError(
+                f"BlockSpec {self.name!r} has decay {self.decay}: give 0 <= decay <= 1"
+            )
+        if not 0.0 < self.power < math.inf:
+            raise ShapeError(f"BlockSpec {self.name!r} has power {self.power}: give a number > 0")
 
     def named_sides(self) -> Iterator[tuple[str, SideSpec]]:
-        """The sides with their prefixes, A before G."""
-        return zip(SIDE_NAMES[: len(self.sides)], self.sides, strict=True)
+        """The sides with their prefixes: A before G, F where there is one side, or M0, M1, ..."""
+        count = len(self.sides)
+        names: tuple[str, ...] = tuple(f"M{i}" for i in range(count))
+        if count <= len(SIDE_NAMES):
+            names = SIDE_NAMES if count > 1 else (ONE_SIDE,)
+        return zip(names, self.sides, strict=True)
 
     def shape_key(self) -> tuple[object, ...]:
         """What must be equal for blocks to be refreshed in one batched call."""
-        return (self.kind, self.sides, self.decay, self.damping, self.relative_damping)
+        return (
+            self.kind,
+            self.sides,
+            self.decay,
+            self.damping,
+            self.relative_damping,
+            self.power,
+        )
 
     def to_fields(self) -> dict[str, object]:
         """Plain maps and lists, for a message."""

@@ -1,8 +1,10 @@
 """What a training rank takes from rows or gradients: additive sums that carry their count.
 
-A side's statistic is either ``dense`` (the packed triangle of XᵀX) or a ``sketch`` (Xᵀ(XQ) against
-the installed basis Q, with the exact trace and, for a diagonal tail, the column sums of squares).
-Sums are taken, never means, so statistics add over micro-batches, steps and ranks.
+A side's statistic is ``dense`` (the packed triangle of XᵀX), a ``sketch`` (Xᵀ(XQ) against the
+installed basis Q, with the exact trace and, for a diagonal tail, the column sums of squares),
+``diagonal`` (the column sums of squares alone) or, for a block of weight and bias pairs, ``unit``
+(sums of products of a unit's two gradients). Sums are taken, never means, so statistics add over
+micro-batches, steps and ranks.
 
 Shape suffixes, after any number of leading batch dimensions: N rows (samples times positions),
 d the side's dimension, r its rank, O output features, I input features, a and g the ranks of A, G.
@@ -19,11 +21,25 @@ from distcurv.curvature.triangle import pack_triangle, triangle_size
 from distcurv.errors import ShapeError
 
 # Dimensions of each tensor of a statistic beside the batch dimensions.
-_OWN_DIMS = {"Y": 2, "diag": 1, "packed": 1, "trace": 0, "count": 0, "steps": 0}
+_OWN_DIMS = {
+    "Y": 2,
+    "diag": 1,
+    "packed": 1,
+    "squares": 2,
+    "ww": 1,
+    "wb": 1,
+    "bb": 1,
+    "trace": 0,
+    "count": 0,
+    "steps": 0,
+}
 
 
 def resolve_encoding(dim: int, rank: int, tail: str, encoding: str) -> str:
-    """``auto`` made ``sketch`` or ``dense``, whichever has fewer numbers (dense when equal)."""
+    """``auto`` made ``sketch`` or ``dense``, whichever has fewer numbers (dense when equal).
+
+    Other encodings are not for ``auto`` to choose: they say what a factor is, not how it travels.
+    """
     if encoding == "auto":
         sketch_size = dim * rank + (dim if tail == "diagonal" else 0) + 1
         return "dense" if triangle_size(dim) <= sketch_size else "sketch"
@@ -37,7 +53,11 @@ def statistic_shapes(spec: BlockSpec) -> dict[str, tuple[int, ...]]:
     shapes: dict[str, tuple[int, ...]] = {}
     for name, side in spec.named_sides():
         if side.encoding == "dense":
-            shapes[f"{name}.packed"] = (triangle_size(side.dim),)
+            shapes[f"{name}.packed"] = (side.units * triangle_size(side.dim),)
+        elif side.encoding == "diagonal":
+            shapes[f"{name}.diag"] = (side.dim,)
+        elif side.encoding == "unit":
+            shapes |= {f"{name}.{key}": (side.dim,) for key in ("ww", "wb", "bb")}
         else:
             shapes[f"{name}.Y"] = (side.dim, side.rank)
             if side.tail == "diagonal":
@@ -57,12 +77,13 @@ def encode_rows(
     product_Nr: Tensor | None = None,
     trace: Tensor | None = None,
 ) -> Tensors:
-    """One side's statistic of the rows X: ``packed``, or ``Y``, ``trace`` and maybe ``diag``.
+    """One side's statistic of the rows X: ``packed``, or ``diag``, or ``Y``, ``trace`` and maybe
+    ``diag``.
 
     Args:
         side: which encoding, rank and tail.
         rows_Nd: X [..., N, d], any float dtype; sums are taken in float32 (or float64).
-        basis_dr: the installed Q [..., d, r]; not read by the dense encoding.
+        basis_dr: the installed Q [..., d, r]; read for a sketch alone.
         weight: what every sum is multiplied with, e.g. that of a `RowDraw`; a tensor has no
             dimension.
         product_Nr: X Q [..., N, r] where the caller has it already, in full float32.
@@ -72,8 +93,14 @@ def encode_rows(
         Sums over the rows, by name without a prefix; the count is the caller's to add.
 
     Raises:
-        ShapeError: rows, basis or product do not fit the side.
+        ShapeError: rows, basis or product do not fit the side, or no statistic of its encoding is
+            made of one matrix of rows (``unit``).
     """
+    if side.encoding == "unit":
+        raise ShapeError(
+            "encode_rows got a side of encoding 'unit': its statistic is made of two gradients, "
+            "by the layer"
+        )
     if rows_Nd.dim() < 2 or rows_Nd.shape[-1] != side.dim:
         raise ShapeError(
             f"encode_rows got rows of shape {tuple(rows_Nd.shape)}: the side's dim is {side.dim}"
@@ -82,6 +109,8 @@ def encode_rows(
         rows_Nd = at_least_float32(rows_Nd)
         if side.encoding == "dense":
             return weighted({"packed": pack_triangle(rows_Nd.mT @ rows_Nd)}, weight)
+        if side.encoding == "diagonal":
+            return weighted({"diag": squares(side, rows_Nd)["diag"]}, weight)
         if product_Nr is None:
             if basis_dr is None or basis_dr.shape[-2:] != (side.dim, side.rank):
                 shape = None if basis_dr is None else tuple(basis_dr.shape)

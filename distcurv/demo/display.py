@@ -13,19 +13,11 @@ from rich.table import Table
 
 from distcurv.demo.progress import Snapshot
 from distcurv.demo.settings import DemoSettings
+from distcurv.train.summary import bytes_text
 
 _LINE_PERIOD_S = 1.0
 # What fits on a terminal of 80 columns.
 _TITLES = ("training", "step", "loss", "ms/step", "version", "staleness", "busy", "traffic")
-
-
-def bytes_text(count: float) -> str:
-    """E.g. "1.5 MB"; decimal units."""
-    for unit in ("B", "kB", "MB", "GB"):
-        if count < 1000 or unit == "GB":
-            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
-        count /= 1000
-    raise AssertionError("unreachable")
 
 
 class Display:

@@ -32,17 +32,9 @@ def draw_losses(path: Path, summary: dict[str, Any], result: dict[str, Any]) -> 
         label = f"{optimizer['name']}, lr {optimizer['lr']:g}: ends at {final:.4g}"
         losses = outcome["losses"]
         seconds = list(accumulate(ms / 1000 for ms in outcome["step_ms"]))
-        _curve(by_step, range(1, len(losses) + 1), losses, label, _COLOURS[method])
-        _curve(by_second, seconds, losses, label, _COLOURS[method])
-    by_step.set_xlabel("optimizer steps")
-    by_second.set_xlabel("training time (seconds)")
-    by_step.set_ylabel(f"training loss ({summary['loss_unit']})")
-    for axes in (by_step, by_second):
-        axes.set_yscale("log")
-        axes.yaxis.set_major_formatter("{x:g}")
-        axes.yaxis.set_minor_formatter("{x:g}")
-        axes.grid(True, which="both", alpha=0.2)
-        axes.legend()
+        draw_curve(by_step, range(1, len(losses) + 1), losses, label, _COLOURS[method])
+        draw_curve(by_second, seconds, losses, label, _COLOURS[method])
+    dress(by_step, by_second, summary["loss_unit"])
     figure.suptitle(
         f"{summary['task']}: training ranks {summary['ranks']}, curvature workers "
         f"{summary['workers']}, low rank r {summary['rank']}, seed {summary['seed']}"
@@ -60,9 +52,27 @@ def smooth(values: Sequence[float], reach: int) -> list[float]:
     return out
 
 
-def _curve(
-    axes: Axes, places: Sequence[float], losses: Sequence[float], label: str, colour: str
+def dress(by_step: Axes, by_second: Axes, unit: str) -> None:
+    """Labels, logarithmic losses, grids and legends of the two panels."""
+    by_step.set_xlabel("optimizer steps")
+    by_second.set_xlabel("training time (seconds)")
+    by_step.set_ylabel(f"training loss ({unit})")
+    for axes in (by_step, by_second):
+        axes.set_yscale("log")
+        axes.yaxis.set_major_formatter("{x:g}")
+        axes.yaxis.set_minor_formatter("{x:g}")
+        axes.grid(True, which="both", alpha=0.2)
+        axes.legend()
+
+
+def draw_curve(
+    axes: Axes,
+    places: Sequence[float],
+    losses: Sequence[float],
+    label: str,
+    colour: str | tuple[float, float, float],
 ) -> None:
+    """A training's losses, thin, and smoothed, thick."""
     axes.plot(places, losses, color=colour, alpha=0.3, linewidth=0.8)
     smoothed = smooth(losses, round(_SMOOTHING_SHARE * len(losses)))
     axes.plot(places, smoothed, color=colour, linewidth=1.8, label=label)

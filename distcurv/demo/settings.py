@@ -12,7 +12,7 @@ from distcurv.config import MAX_DELAY_WINDOWS, SoapConfig
 from distcurv.demo.tasks import TASKS, Task
 from distcurv.errors import ConfigError
 
-_LARGEST_SEED = 2**31 - 1
+LARGEST_SEED = 2**31 - 1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,20 +43,20 @@ class DemoSettings:
     def __post_init__(self) -> None:
         if self.task not in TASKS:
             raise ConfigError(f"--task is {self.task!r}: choose one of {', '.join(TASKS)}")
-        _at_least("--nproc-per-node", self.ranks, 1)
-        _at_least("--workers", self.workers, 0)
-        _at_least("--rank", self.rank, 1)
-        _at_least("--seed", self.seed, 0)
-        _at_most("--seed", self.seed, _LARGEST_SEED)
+        at_least("--nproc-per-node", self.ranks, 1)
+        at_least("--workers", self.workers, 0)
+        at_least("--rank", self.rank, 1)
+        at_least("--seed", self.seed, 0)
+        at_most("--seed", self.seed, LARGEST_SEED)
         if self.steps is not None:
-            _at_least("--steps", self.steps, 1)
+            at_least("--steps", self.steps, 1)
         if self.install_delay is not None:
-            _at_least("--install-delay", self.install_delay, 0)
+            at_least("--install-delay", self.install_delay, 0)
             # The demo keeps the interval's default.
-            _at_most(
+            at_most(
                 "--install-delay",
                 self.install_delay,
-                MAX_DELAY_WINDOWS * SoapConfig().preconditioner_upd_interval,
+                MAX_DELAY_WINDOWS * SoapConfig().resolved_preconditioner_upd_interval,
             )
         batch = TASKS[self.task].global_batch
         if self.ranks > batch:
@@ -101,11 +101,13 @@ def output_directory(name: str) -> Path:
     return path
 
 
-def _at_most(option: str, value: int, high: int) -> None:
+def at_most(option: str, value: int, high: int) -> None:
+    """Raise `ConfigError` for a larger value of an option."""
     if value > high:
         raise ConfigError(f"{option} is {value}: give a whole number of at most {high}")
 
 
-def _at_least(option: str, value: int, low: int) -> None:
+def at_least(option: str, value: int, low: int) -> None:
+    """Raise `ConfigError` for a smaller value of an option."""
     if value < low:
         raise ConfigError(f"{option} is {value}: give a whole number of at least {low}")

@@ -118,11 +118,13 @@ def _autoencoder_batch(step: int, rank: int, world_size: int, seed: int) -> Batc
     return (images[rows[shard(AUTOENCODER_BATCH, rank, world_size)]],)
 
 
-def _autoencoder_loss(model: nn.Module, batch: Batch) -> Tensor:
+def pixel_loss(logits: Tensor, images: Tensor) -> Tensor:
     """Sigmoid cross-entropy, summed over the pixels, averaged over the images."""
-    images = batch[0]
-    total = F.binary_cross_entropy_with_logits(model(images), images, reduction="sum")
-    return total / len(images)
+    return F.binary_cross_entropy_with_logits(logits, images, reduction="sum") / len(images)
+
+
+def _autoencoder_loss(model: nn.Module, batch: Batch) -> Tensor:
+    return pixel_loss(model(batch[0]), batch[0])
 
 
 @torch.no_grad()

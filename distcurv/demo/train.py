@@ -12,7 +12,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -103,7 +103,7 @@ def train(method: str, settings: DemoSettings, emit: Events, progress: ProgressW
     soap = optimizer if isinstance(optimizer, LowRankSOAP) else None
     try:
         if soap is not None:
-            await_links(soap, CONNECT_PATIENCE_S)
+            await_links(soap.metrics, CONNECT_PATIENCE_S)
         task.batches(0, rank, ranks, settings.seed)  # the first call reads the data
         dist.barrier()
         losses: list[float] = []
@@ -137,13 +137,14 @@ def train(method: str, settings: DemoSettings, emit: Events, progress: ProgressW
             soap.close()
 
 
-def await_links(soap: LowRankSOAP, patience: float) -> None:
+def await_links(metrics: Callable[[], Mapping[str, float | int]], patience: float) -> None:
     """Return when this rank's sessions with the workers are open, or after ``patience`` seconds.
 
-    A training of a few seconds would otherwise be over before the workers were met."""
+    A training of a few seconds would otherwise be over before the workers were met.  ``metrics``
+    is an optimizer's or a maker's method of this name."""
     deadline = time.monotonic() + patience
     while time.monotonic() < deadline:
-        now = soap.metrics()
+        now = metrics()
         if now["links_up"] == now["links_total"]:
             return
         time.sleep(0.01)

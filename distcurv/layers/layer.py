@@ -54,7 +54,31 @@ class LayerIO(Protocol):
       g_n = sum_s g_ns, count N.
 
     The rows of ``expand`` are counted position by position, those of ``reduce`` are the samples.
+
+    The ``module`` of the four methods that read statistics may be a stand-in for a function call
+    (`F.conv2d`), with the attributes of such a module that are no parameters (stride, ...).
+
+    Attributes:
+        one_sided: None: the block has the sides A and G.  (See `JointIO` for others.)
+        diagonal_sides: of these the statistic is ``diag`` by nature, and ``count``; it is made of
+            the whole call, never of drawn rows.
+        weight_is_matrix: whether the gradient's matrix is the weight's ``flatten(1)``.
+        weight: the name of the weight in the module.
+        rows: the outputs that are the block's, (start, stop); None for all.
+        call_kind: the `FunctionCall` that does what such a module does, ``""`` for none.
     """
+
+    one_sided: str | None
+    diagonal_sides: frozenset[str]
+    weight_is_matrix: bool
+    weight: str
+    rows: tuple[int, int] | None
+    call_kind: str
+
+    def parameter_names(self, module: nn.Module) -> list[str]:
+        """The names in the module of the block's parameters: the weight's, then the bias's where
+        it is trained."""
+        ...
 
     def refuse(self, module: nn.Module) -> str | None:
         """Why this very module cannot be a block (a variant that comes in a later version, a
@@ -66,7 +90,7 @@ class LayerIO(Protocol):
         is left out of the block."""
         ...
 
-    def dims(self, module: nn.Module, bias: bool) -> tuple[int, int]:
+    def dims(self, module: nn.Module, bias: bool) -> tuple[int, ...]:
         """(I, O): the dimensions of the input side and of the output side."""
         ...
 
@@ -99,6 +123,12 @@ class LayerIO(Protocol):
     ) -> Tensors:
         """The same of side G, from the gradient with respect to the module's output, as it is:
         the scale that makes it the gradient of a per-sample loss is the caller's."""
+        ...
+
+    def counted_positions(self, module: nn.Module, input: Tensor) -> Tensor | None:
+        """Which positions of a call the weight has a part in, boolean, of the shape of the output
+        without its features (an embedding's padding has none); None: all of them.  Asked where
+        `input_statistic` is."""
         ...
 
     def input_rows(

@@ -13,15 +13,18 @@ from distcurv.curvature.spec import SideSpec, Tensors
 from distcurv.errors import CaptureError
 from distcurv.layers.affine_rows import drawn_rows, encode_affine_rows
 from distcurv.layers.layer import Rows, WeightSharing
+from distcurv.layers.sequence_first import SequenceFirst
 from distcurv.layers.weight_bias import WeightBias
 
 
 class LinearIO(WeightBias):
     """`LayerIO` of `torch.nn.Linear`: the middle dimensions are the positions."""
 
+    call_kind = "linear"
+
     def input_statistic(
         self,
-        module: nn.Module,
+        module: nn.Module | SequenceFirst,
         input: Tensor,
         side: SideSpec,
         basis_dr: Tensor | None,
@@ -30,7 +33,7 @@ class LinearIO(WeightBias):
         weight_sharing: WeightSharing,
     ) -> Tensors:
         """See `LayerIO.input_statistic`."""
-        x_NSd = at_least_float32(_positions(input, "input"))
+        x_NSd = at_least_float32(_positions(module, input, "input"))
         rows = x_NSd.mean(1) if weight_sharing == "reduce" else x_NSd.flatten(0, 1)
         statistic = encode_affine_rows(side, rows, basis_dr, bias)
         statistic["count"] = rows.new_full((), rows.shape[0])
@@ -38,7 +41,7 @@ class LinearIO(WeightBias):
 
     def output_statistic(
         self,
-        module: nn.Module,
+        module: nn.Module | SequenceFirst,
         grad_output: Tensor,
         side: SideSpec,
         basis_dr: Tensor | None,
@@ -46,7 +49,7 @@ class LinearIO(WeightBias):
         weight_sharing: WeightSharing,
     ) -> Tensors:
         """See `LayerIO.output_statistic`."""
-        g_NSd = at_least_float32(_positions(grad_output, "output gradient"))
+        g_NSd = at_least_float32(_positions(module, grad_output, "output gradient"))
         rows = g_NSd.sum(1) if weight_sharing == "reduce" else g_NSd.flatten(0, 1)
         statistic = encode_affine_rows(side, rows, basis_dr, bias=False)
         statistic["count"] = rows.new_full((), g_NSd.shape[0])
@@ -54,29 +57,32 @@ class LinearIO(WeightBias):
 
     def input_rows(
         self,
-        module: nn.Module,
+        module: nn.Module | SequenceFirst,
         input: Tensor,
         sampler: Sampler,
         *,
         weight_sharing: WeightSharing,
     ) -> Rows:
         """See `LayerIO.input_rows`."""
-        return drawn_rows(_positions(input, "input"), sampler, weight_sharing, "A")
+        return drawn_rows(_positions(module, input, "input"), sampler, weight_sharing, "A")
 
     def output_rows(
         self,
-        module: nn.Module,
+        module: nn.Module | SequenceFirst,
         grad_output: Tensor,
         sampler: Sampler,
         *,
         weight_sharing: WeightSharing,
     ) -> Rows:
         """See `LayerIO.output_rows`."""
-        return drawn_rows(_positions(grad_output, "output gradient"), sampler, weight_sharing, "G")
+        g_NSd = _positions(module, grad_output, "output gradient")
+        return drawn_rows(g_NSd, sampler, weight_sharing, "G")
 
 
-def _positions(tensor: Tensor, what: str) -> Tensor:
-    """[N, S, d] from [N, *, d]."""
+def _positions(module: object, tensor: Tensor, what: str) -> Tensor:
+    """[N, S, d] from [N, *, d], or from what `SequenceFirst` says."""
+    if isinstance(module, SequenceFirst):
+        return module.samples_first(tensor.detach())
     if tensor.dim() < 2:
         raise CaptureError(
             f"a Linear layer got an {what} of shape {tuple(tensor.shape)}: without a batch "

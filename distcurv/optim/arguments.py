@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.parameter import UninitializedParameter
 
 from distcurv.errors import ConfigError, StateError
 
@@ -32,7 +33,12 @@ def common_device(params: Sequence[Tensor]) -> torch.device:
         raise ConfigError(
             f"the parameters are on {sorted(map(str, devices))}: put them on one device"
         )
-    return devices.pop()
+    device = devices.pop()
+    if device.type == "meta":
+        raise ConfigError(
+            "the parameters are on the device meta: give them memory (to_empty) and numbers first"
+        )
+    return device
 
 
 def named_params(param_groups: Sequence[dict[str, Any]]) -> list[tuple[str, Tensor]]:
@@ -42,6 +48,8 @@ def named_params(param_groups: Sequence[dict[str, Any]]) -> list[tuple[str, Tens
         names = group.get("param_names") or [None] * len(group["params"])
         for given, param in zip(names, group["params"], strict=True):
             name = given if given is not None else f"param{len(named)}"
+            if isinstance(param, UninitializedParameter):
+                raise ConfigError(f"parameter {name} is lazy: run the model once before")
             if param.is_complex():
                 raise ConfigError(f"parameter {name} is complex: optimize its real view")
             named.append((name, param))

@@ -7,14 +7,16 @@ matrix's state; statistics go to the service against the installed basis itself.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, MutableMapping, Sequence
+from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from distcurv.curvature.four_block import FourBlockState, advance, init_state
+from distcurv.curvature.direction import Direction
+from distcurv.curvature.four_block import advance
 from distcurv.curvature.four_block_parts import Projections, project
+from distcurv.curvature.four_block_state import FourBlockState, init_state
 from distcurv.curvature.four_block_turn import turn
 from distcurv.curvature.spec import BlockSpec, Tensors
 from distcurv.curvature.statistics import encode_gradient
@@ -22,10 +24,10 @@ from distcurv.curvature.steady_basis import steady_rotation
 from distcurv.optim.matrices import Matrix
 from distcurv.train.switch import Install
 
-_FOUR_BLOCK = FourBlockState._fields
+FOUR_BLOCK = FourBlockState._fields
 _ROTATIONS = ("rotation_out", "rotation_in")
 # What a matrix's state holds beside its step count; all of it in float32.
-FIELDS = (*_FOUR_BLOCK, *_ROTATIONS)
+FIELDS = (*FOUR_BLOCK, *_ROTATIONS)
 
 
 class Bases(NamedTuple):
@@ -41,11 +43,16 @@ class MatrixRule:
     Args:
         matrices: by block.
         state: the optimizer's state by parameter.
+        follow: what is done with directions; called as `descend`, which is the default.
     """
 
     def __init__(
-        self, matrices: Sequence[Matrix], state: MutableMapping[Tensor, dict[str, Any]]
+        self,
+        matrices: Sequence[Matrix],
+        state: MutableMapping[Tensor, dict[str, Any]],
+        follow: Callable[..., None] | None = None,
     ) -> None:
+        self.follow = follow or descend
         self._matrices = matrices
         self._state = state
         self._bases: dict[int, Bases] = {}
@@ -60,7 +67,7 @@ class MatrixRule:
         grad_OI = matrix.view(matrix.param.grad).float()
         if basis is not installed:
             return encode_gradient(spec, grad_OI, basis.tensors), None
-        used = self._used(block, installed)
+        used = self.used(block, installed)
         made = project(grad_OI, *used)
         state = self._state[matrix.param]
         in_Oa, out_gI = made
@@ -77,16 +84,21 @@ class MatrixRule:
         """
         state = self._state[self._matrices[new.block].param]
         if not state:
-            self._bases.pop(new.block, None)
+            self.forget(new.block)
             return
-        before = self._used(new.block, old)
+        before, after = self.rebase(old, new, early=early)
+        turned = turn(FourBlockState(*(state[name] for name in FOUR_BLOCK)), *before, *after)
+        state.update(zip(FOUR_BLOCK, turned, strict=True))
+
+    def rebase(self, old: Install, new: Install, *, early: bool) -> tuple[Bases, Bases]:
+        """Take up a new version's bases; those in use before and after."""
+        state = self._state[self._matrices[new.block].param]
+        before = self.used(new.block, old)
         for name, side, used in zip(_ROTATIONS, ("G", "A"), before, strict=True):
             U, lam = new.tensors[f"{side}.U"], new.tensors[f"{side}.lam"]
             state[name] = torch.eye(len(lam)).to(U) if early else steady_rotation(U, lam, used)
         del self._bases[new.block]
-        after = self._used(new.block, new)
-        turned = turn(FourBlockState(*(state[name] for name in _FOUR_BLOCK)), *before, *after)
-        state.update(zip(_FOUR_BLOCK, turned, strict=True))
+        return before, self.used(new.block, new)
 
     def update(
         self,
@@ -96,17 +108,16 @@ class MatrixRule:
         projections: Mapping[int, Projections],
     ) -> None:
         """One step of a param group's matrices."""
-        lr = float(group["lr"])
         blocks = [
             block_of[id(param)]
             for param in group["params"]
             if param.grad is not None and id(param) in block_of
         ]
         matrices = [self._matrices[block] for block in blocks]
-        states = [self._counted(block, installed[block]) for block in blocks]
-        bases = [self._used(block, installed[block]) for block in blocks]
+        states = [self.counted(block, installed[block]) for block in blocks]
+        bases = [self.used(block, installed[block]) for block in blocks]
         directions = advance(
-            [FourBlockState(*(state[name] for name in _FOUR_BLOCK)) for state in states],
+            [FourBlockState(*(state[name] for name in FOUR_BLOCK)) for state in states],
             [m.view(m.param.grad) for m in matrices if m.param.grad is not None],
             [used.out_Og for used in bases],
             [used.in_Ia for used in bases],
@@ -116,20 +127,14 @@ class MatrixRule:
             eps=group["eps"],
             projections=[projections.get(block) for block in blocks],
         )
-        if blocks and group["weight_decay"]:
-            torch._foreach_mul_([m.param for m in matrices], 1 - lr * group["weight_decay"])
-        for matrix, state, direction in zip(matrices, states, directions, strict=True):
-            param = matrix.param
-            if state["step"] == 1:
-                # The first basis diagonalises this very gradient: beside the diagonal there is
-                # only rounding, which the division by its own size would make a full update.
-                continue
-            if param.is_contiguous() and param.dtype == torch.float32:
-                direction.subtract_from(matrix.view(param), lr)
-            else:
-                param.sub_(direction.dense().view(param.shape).mul_(lr))
+        self.follow(group, [matrix.param for matrix in matrices], matrices, states, directions)
 
-    def _used(self, block: int, install: Install) -> Bases:
+    def forget(self, block: int) -> None:
+        """The bases in use of a block that has no state yet: they are those of its next version."""
+        self._bases.pop(block, None)
+
+    def used(self, block: int, install: Install) -> Bases:
+        """The bases in use, on the installed version."""
         if block not in self._bases:
             out_Og, in_Ia = install.tensors["G.U"], install.tensors["A.U"]
             state = self._state[self._matrices[block].param]
@@ -138,17 +143,40 @@ class MatrixRule:
             self._bases[block] = Bases(out_Og, in_Ia)
         return self._bases[block]
 
-    def _counted(self, block: int, install: Install) -> dict[str, Any]:
+    def counted(self, block: int, install: Install) -> dict[str, Any]:
         """A matrix's state with its step counted on."""
         matrix = self._matrices[block]
         state = self._state[matrix.param]
         if not state:
             rank_out, rank_in = (install.tensors[f"{side}.U"].shape[-1] for side in ("G", "A"))
             device = matrix.param.device
-            first = init_state(matrix.shape, rank_out, rank_in, device=device)
-            state.update(zip(_FOUR_BLOCK, first, strict=True))
+            here = None if matrix.rows is None else matrix.rows[1] - matrix.rows[0]
+            first = init_state(matrix.shape, rank_out, rank_in, rows=here, device=device)
+            state.update(zip(FOUR_BLOCK, first, strict=True))
             state["rotation_out"] = torch.eye(rank_out, device=device)
             state["rotation_in"] = torch.eye(rank_in, device=device)
             state["step"] = 0
         state["step"] += 1
         return state
+
+
+def descend(
+    group: Mapping[str, Any],
+    targets: Sequence[Tensor],
+    matrices: Sequence[Matrix],
+    states: Sequence[Mapping[str, Any]],
+    directions: Sequence[Direction],
+) -> None:
+    """Move the parameters (or what this rank has of them, ``targets``) along their directions."""
+    lr = float(group["lr"])
+    if targets and group["weight_decay"]:
+        torch._foreach_mul_(list(targets), 1 - lr * group["weight_decay"])
+    for target, matrix, state, direction in zip(targets, matrices, states, directions, strict=True):
+        if state["step"] == 1:
+            # The first basis diagonalises this very gradient: beside the diagonal there is
+            # only rounding, which the division by its own size would make a full update.
+            continue
+        if target.is_contiguous() and target.dtype == torch.float32:
+            direction.subtract_from(target.view(len(target), matrix.shape[1]), lr)
+        else:
+            target.sub_(direction.dense().view(target.shape).mul_(lr))

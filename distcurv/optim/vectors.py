@@ -1,4 +1,7 @@
-"""What is no matrix gets AdamW's rule, by PyTorch's own implementation of it."""
+"""What is no matrix gets AdamW's rule, by PyTorch's own implementation of it.
+
+Of a sharded parameter this rank updates its own part; so the state has the shape of that part.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.optim.adamw import adamw
+
+from distcurv.layers.local_part import own_part
 
 
 def update_vectors(
@@ -20,20 +25,46 @@ def update_vectors(
         state: the optimizer's state by parameter.
         matrices: ids of the parameters that are matrices.
     """
-    params = [p for p in group["params"] if p.grad is not None and id(p) not in matrices]
+    params = _vectors(group, matrices)
+    _adamw(group, state, params, [own_part(p) for p in params])
+
+
+def write_vector_directions(
+    group: dict[str, Any], state: MutableMapping[Tensor, Any], matrices: Container[int]
+) -> None:
+    """Adam's directions, before the learning rate, in ``.grad``; arguments as `update_vectors`."""
+    params = _vectors(group, matrices)
+    moved = [torch.zeros_like(own_part(p)) for p in params]
+    _adamw({**group, "lr": 1.0, "weight_decay": 0.0}, state, params, moved)
+    for param, target in zip(params, moved, strict=True):
+        assert param.grad is not None
+        own_part(param.grad).copy_(target.neg_())
+
+
+def _vectors(group: dict[str, Any], matrices: Container[int]) -> list[Tensor]:
+    return [p for p in group["params"] if p.grad is not None and id(p) not in matrices]
+
+
+def _adamw(
+    group: dict[str, Any],
+    state: MutableMapping[Tensor, Any],
+    params: list[Tensor],
+    targets: list[Tensor],
+) -> None:
+    """Move the targets, which stand for the parameters (or what this rank has of them)."""
     if not params:
         return
     for param in params:
         if not state[param]:
             state[param].update(
                 step=torch.zeros((), dtype=torch.float32),
-                exp_avg=torch.zeros_like(param),
-                exp_avg_sq=torch.zeros_like(param),
+                exp_avg=torch.zeros_like(own_part(param)),
+                exp_avg_sq=torch.zeros_like(own_part(param)),
             )
     states = [state[p] for p in params]
     adamw(
-        params,
-        [p.grad for p in params],
+        targets,
+        [own_part(p.grad) for p in params if p.grad is not None],
         [s["exp_avg"] for s in states],
         [s["exp_avg_sq"] for s in states],
         [],

@@ -12,7 +12,7 @@ from __future__ import annotations
 import torch.distributed as dist
 
 from distcurv.errors import MismatchError
-from distcurv.train.group import Poll, RankGroup
+from distcurv.train.group import Poll, Prints, RankGroup
 
 # Seconds.  All ranks come out of one reduction of the gradients, so what separates them at a
 # step() is what the user does between backward() and step().
@@ -40,12 +40,12 @@ class Accord:
         self._error: MismatchError | None = None
         self._farewell: dist.Work | None = None
 
-    def meet(self, step: int, fingerprint: int) -> bool:
+    def meet(self, step: int, prints: Prints) -> bool:
         """Before a step that waits for other ranks: whether all have come to it.
 
         False: one has not within `MEETING_PATIENCE`; do nothing in this step, the next raises.
         Raises `MismatchError` where the ranks disagree."""
-        self._meeting = self._group.begin_poll(step, self._digest, fingerprint, [])
+        self._meeting = self._group.begin_poll(step, self._digest, prints, [])
         if not self._group.arrived(self._meeting.work, MEETING_PATIENCE):
             return False
         meeting, self._meeting = self._meeting, None

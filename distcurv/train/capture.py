@@ -1,6 +1,7 @@
 """Takes the statistics of layers while the user's own forward and backward run.
 
-Only while armed: one global forward hook looks up the modules of the armed blocks.  Nothing is
+Only while armed: one global forward hook looks up the modules of the armed blocks, and blocks that
+no module stands for are found where functions use their parameters (`FunctionWatch`).  Nothing is
 attached to a module, so a copied, pickled or saved model never carries capture with it, and a
 model whose statistics are not due runs as if distcurv were not there.
 
@@ -8,11 +9,13 @@ When a sample counts.  The input statistic is taken in the forward pass (the inp
 overwritten later), the output statistic when the gradient of that very output arrives, and both
 are delivered together, at the end of that backward.  So what does not count: a forward under
 no_grad, a forward that no backward follows, the recomputation of a checkpoint (its outputs never
-get a gradient), and a second backward through a retained graph.  A module that runs several times
-counts each run.
+get a gradient), a second backward through a retained graph, and a backward with create_graph=True
+(of a gradient penalty, whose loss has its own backward).  A module that runs several times
+shows more positions of the same samples: each run adds to the sums, the samples count once.
 
-Scales.  Statistics are those of the gradient of the per-sample loss (`LossScale`); its samples are
-dimension 0 of the module's input.
+Scales.  Statistics are those of the gradient of a single term of the loss (`LossScale`).  Without
+being told how many terms the loss has counted, its terms are taken to be dimension 0 of the
+module's input.
 
 Rows.  Of a call with many rows (tokens, positions) only ``max_rows`` are read, see `StepRows`.
 """
@@ -21,42 +24,46 @@ from __future__ import annotations
 
 import threading
 import weakref
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import replace
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import get_gradient_edge
-from torch.nn.modules.module import register_module_forward_hook
 
 from distcurv.curvature.spec import BlockSpec, Tensors
 from distcurv.errors import CaptureError, ConfigError
+from distcurv.layers.joint import JointIO
 from distcurv.layers.layer import WEIGHT_SHARING, LayerIO, WeightSharing
 from distcurv.train.calls import Arming, Call, Sink
-from distcurv.train.captured_block import CapturedBlock
-from distcurv.train.likelihood import Likelihood, as_likelihood
+from distcurv.train.captured_block import CapturedBlock, Watched
+from distcurv.train.fisher import FISHER_TYPES, Fisher
+from distcurv.train.hooks import end_of_backward, gradient_hook, watch
+from distcurv.train.joined import joined
+from distcurv.train.likelihoods import Likelihood
 from distcurv.train.loss_scale import LossScale
 from distcurv.train.nonfinite import FiniteGuard
 from distcurv.train.rows import StepRows
-from distcurv.train.sampling import Generators, sample_calls
+from distcurv.train.terms import Terms
+from distcurv.train.uses import Use
 
-FISHER_TYPES = ("empirical", "mc")
+T = TypeVar("T")
 
 
 class Capture:
     """Capture of the statistics of some blocks.
 
     Args:
-        blocks: by name: the module, its LayerIO, and its BlockSpec with two sides (A, G).
-        loss_reduction: ``mean | sum``: how the training loss reduces over samples.
+        blocks: by name: module, layer and BlockSpec, and what else `Watched` says.
+        loss_reduction: ``mean | sum``: how the training loss reduces over its terms.
         accumulation: the number by which the user divides the loss of one micro-batch.
         grad_scaler: the AMP scaler whose scale the loss is multiplied with.
-        fisher_type: ``empirical`` (gradients of the training loss) or ``mc`` (gradients for
-            targets that `sample` draws from the model).
-        weight_sharing: ``expand | reduce``, see `LayerIO`.
-        max_rows: of a call read at most so many rows, drawn without bias; None: all.
+        fisher_type: ``empirical | mc | exact``, see `Fisher`.
+        weight_sharing: ``expand | reduce``, see `LayerIO`; or that of each block by name.
+        max_rows: of a call read at most so many rows, drawn without bias; None: all.  Or by name.
         seed: for the drawn rows and the targets of ``mc``; let it differ between ranks.
 
     The sink gets (name, tensors): one contribution, of one forward and backward of a block, as
@@ -68,36 +75,38 @@ class Capture:
 
     def __init__(
         self,
-        blocks: Mapping[str, tuple[nn.Module, LayerIO, BlockSpec]],
+        blocks: Mapping[str, Watched | tuple[nn.Module, LayerIO | JointIO, BlockSpec]],
         *,
         loss_reduction: str = "mean",
         accumulation: int = 1,
         grad_scaler: torch.amp.GradScaler | None = None,
         fisher_type: str = "empirical",
-        weight_sharing: WeightSharing = "expand",
-        max_rows: int | None = None,
+        weight_sharing: WeightSharing | Mapping[str, WeightSharing] = "expand",
+        max_rows: int | Mapping[str, int | None] | None = None,
         seed: int = 0,
     ) -> None:
         _check_choice("fisher_type", fisher_type, FISHER_TYPES)
-        _check_choice("weight_sharing", weight_sharing, WEIGHT_SHARING)
-        if max_rows is not None and max_rows < 1:
-            raise ConfigError(f"max_rows is {max_rows}: give at least 1, or None for all rows")
+        sharing: dict[str, WeightSharing] = _by_name(weight_sharing, blocks)
+        self._max_rows = _by_name(max_rows, blocks)
+        for own in sharing.values():
+            _check_choice("weight_sharing", own, WEIGHT_SHARING)
+        for most in self._max_rows.values():
+            if most is not None and most < 1:
+                raise ConfigError(f"max_rows is {most}: give at least 1, or None for all rows")
         self.scale = LossScale(loss_reduction, accumulation, grad_scaler)
         self.blocks = {
-            name: CapturedBlock(name, *block, weight_sharing) for name, block in blocks.items()
+            name: CapturedBlock(name, Watched(*block), sharing[name])
+            for name, block in blocks.items()
         }
-        if len({id(block.module) for block in self.blocks.values()}) != len(self.blocks):
-            raise ConfigError(f"two of the blocks {sorted(blocks)} have the same module")
         self.fisher_type = fisher_type
-        self._max_rows = max_rows
+        self._fisher = Fisher(fisher_type, loss_reduction == "mean", seed)
         self._seed = seed
-        self._generators = Generators(seed)
         self._arming: Arming | None = None
         self._armings = 0
         self._remove_hook: weakref.finalize[..., Any] | None = None
-        self._sampling = False
         self._lock = threading.Lock()
         self._guard = FiniteGuard()
+        self.terms: Terms | None = None
 
     @property
     def is_armed(self) -> bool:
@@ -105,9 +114,18 @@ class Capture:
         return self._arming is not None
 
     @property
+    def arming(self) -> Arming | None:
+        """What is watched now, for the hooks."""
+        return self._arming
+
+    @property
     def nonfinite(self) -> int:
         """Contributions so far that were not finite and counted as zeros (waits for the device)."""
         return self._guard.dropped
+
+    def set_loss_reduction(self, reduction: str) -> None:
+        """How the losses of the coming backwards reduce; see the constructor."""
+        self.scale = replace(self.scale, reduction=reduction)
 
     def arm(self, bases: Mapping[str, Tensors], sink: Sink, step: int | None = None) -> None:
         """Watch the forwards from now on.
@@ -127,17 +145,13 @@ class Capture:
             if name not in self.blocks:
                 raise CaptureError(f"Capture.arm: no block {name!r} among {sorted(self.blocks)}")
             self.blocks[name].check_bases(bases[name])
-        due = {id(self.blocks[name].module): self.blocks[name] for name in bases}
+        due = [self.blocks[name] for name in bases]
         self._armings += 1
-        rows = StepRows(self._max_rows, self._seed, self._armings if step is None else step)
+        draw = self._seed, self._armings if step is None else step
+        rows = {name: StepRows(most, *draw) for name, most in self._max_rows.items()}
         held = {name: dict(tensors) for name, tensors in bases.items()}
         self._arming = Arming(self._armings, due, held, rows, sink)
-        # Weak: the hook is global and must not keep a forgotten capture and its model alive.
-        handle = register_module_forward_hook(
-            partial(_forward_hook, weakref.ref(self)), with_kwargs=True
-        )
-        self._remove_hook = weakref.finalize(self, handle.remove)
-        self._remove_hook.atexit = False
+        self._remove_hook = watch(self, [block for block in due if block.calls])
 
     def disarm(self) -> None:
         """Watch nothing any more; calls that wait for their backward are dropped."""
@@ -149,20 +163,16 @@ class Capture:
         """Disarm, and return the names of armed blocks that delivered nothing (an unused branch,
         only run under no_grad, ...).
 
-        Raises `CaptureError` in mode ``mc`` when a backward came without `sample`."""
+        Raises `CaptureError` for ``mc`` and ``exact`` when a backward came without `sample`."""
         arming = self._arming
         if arming is None:
             return frozenset()
-        self._make_statistics()  # of a backward that an exception has ended
+        self.make_statistics()  # of a backward that an exception has ended
         self.disarm()
-        if arming.unsampled:
-            raise CaptureError(
-                "fisher_type='mc': a backward() came without sample() for the blocks "
-                f"{', '.join(sorted(arming.unsampled))}. Call sample(logits, likelihood) between "
-                "forward and backward(), for every micro-batch; activation checkpoints need "
-                "use_reentrant=False"
-            )
-        return frozenset(block.name for block in arming.blocks.values()) - arming.delivered
+        self.terms = arming.micro_batches.total()
+        arming.warn_of_lost()
+        arming.check_sampled(self.fisher_type)
+        return arming.names - arming.delivered
 
     @contextmanager
     def armed(self, bases: Mapping[str, Tensors], sink: Sink) -> Iterator[None]:
@@ -174,127 +184,116 @@ class Capture:
         finally:
             self.disarm()
 
+    def paused(self) -> AbstractContextManager[None]:
+        """While it lasts overlook gradients: those that another capture's `sample` makes."""
+        return self._fisher.paused()
+
+    def count_terms(self, terms: Terms, divisor: Terms | None = None) -> None:
+        """See `Fisher.count_terms`."""
+        self._fisher.count_terms(self._arming, terms, divisor)
+
     def sample(
         self,
         logits: Tensor,
         likelihood: str | Likelihood,
         n_samples: int = 1,
         generator: torch.Generator | None = None,
+        targets: Tensor | None = None,
     ) -> None:
-        """For ``mc``: draw targets from the model's own distribution and take the output
-        statistics of their loss.  Call it between forward and backward; where no statistic is due
-        it does nothing.
+        """See `Fisher.sample`."""
+        self._fisher.sample(self._arming, logits, likelihood, n_samples, generator, targets)
 
-        The expectation does not depend on ``n_samples``: statistics are averaged, not gradients.
-        With ``loss_reduction="mean"`` the result is the Fisher of the mean loss, the mean over
-        all loss terms (elements of the targets).  Several calls, one per output head, add up.  No
-        ``.grad`` and no hook of DistributedDataParallel is touched.
+    def observe_loss(
+        self,
+        logits: Tensor,
+        targets: Tensor,
+        likelihood: str | Likelihood,
+        n_samples: int = 1,
+        generator: torch.Generator | None = None,
+    ) -> None:
+        """See `Fisher.observe_loss`."""
+        self._fisher.observe_loss(self._arming, logits, targets, likelihood, n_samples, generator)
 
-        Args:
-            logits: the model's output of this forward, with its graph.
-            likelihood: a name in `LIKELIHOODS` or an object like those.
-            n_samples: how many targets to draw for each sample.
-            generator: on the device of ``logits``; by default an own one, made from ``seed``.
-
-        Raises `CaptureError` for ``empirical`` or for logits without a graph, `ConfigError` for a
-        bad likelihood or ``n_samples``."""
-        if self.fisher_type != "mc":
-            raise CaptureError(f"sample() is for fisher_type='mc'; this is {self.fisher_type!r}")
-        if n_samples < 1:
-            raise ConfigError(f"n_samples is {n_samples}: give at least 1")
-        likelihood = as_likelihood(likelihood)
-        arming = self._arming
-        if arming is None or not arming.edges:
-            return
-        if not logits.requires_grad:
-            raise CaptureError(
-                "sample() got logits without a graph: pass the model's output of this forward, "
-                "not detached and not made under no_grad"
-            )
-        if generator is None:
-            generator = self._generators.on(logits.device)
-        self._sampling = True
-        try:
-            mean = self.scale.reduction == "mean"
-            sample_calls(arming.edges, logits, likelihood, n_samples, generator, mean=mean)
-        finally:
-            self._sampling = False
-
-    def _observe(self, arming: Arming, block: CapturedBlock, input: Tensor, out: Tensor) -> None:
-        """A module of a due block has run."""
+    def observe(
+        self, arming: Arming, block: CapturedBlock, use: Use, input: Tensor, out: Tensor
+    ) -> None:
+        """A module or a function has used a due block."""
         # During `sample` only a checkpoint's recomputation runs modules.
+        if self._fisher.running:
+            return
+        if input.is_nested:
+            raise CaptureError(f"block {block.name!r} got a nested tensor: give it a padded one")
         counts = torch.is_grad_enabled() and out.requires_grad and input.numel() > 0
-        if self._sampling or not counts:
+        micro_batch = arming.micro_batches.of_forward(with_graph=counts)
+        if not counts:
             return
         bases = arming.bases[block.name]
-        rows = arming.rows.of_call(arming.calls[block.name])
+        rows = arming.rows[block.name].of_call(arming.calls[block.name])
         arming.calls[block.name] += 1
-        reading = block.read_input(input, bases, rows)
-        call = Call(arming.number, block, len(input), bases, rows, reading)
         # A forward inside a backward is a recomputation: keeping its edge would keep its graph.
-        if self.fisher_type == "mc" and torch._C._current_graph_task_id() == -1:
+        recomputed = torch._C._current_graph_task_id() != -1
+        call = Call(arming.number, block, use, input, bases, rows, micro_batch, recomputed)
+        if recomputed:
+            self._await_end(arming)
+        elif not self._fisher.is_empirical:
             arming.edges[call] = get_gradient_edge(out)
         # Weak: the graph holds the hook, and the arming holds the graph's edges.
-        out.register_hook(partial(_gradient_hook, weakref.ref(self), call))
+        out.register_hook(partial(gradient_hook, weakref.ref(self), call))
 
-    def _deliver(self, call: Call, grad_output: Tensor) -> None:  # its output's gradient is here
+    def deliver(self, call: Call, grad_output: Tensor) -> None:
+        """The gradient of a call's output has arrived."""
         with self._lock:
             arming = self._arming
-            if self._sampling or call.done or arming is None or arming.number != call.arming:
+            if self._fisher.running or call.done or arming is None or arming.number != call.arming:
+                return
+            if torch.is_grad_enabled():
+                # create_graph=True: these gradients are part of a loss to come.
+                arming.differentiated.add(call.block.name)
                 return
             call.done = True
             arming.edges.pop(call, None)
-            if self.fisher_type == "mc" and not call.reached:
+            arming.micro_batches.end(call.micro_batch)
+            empirical = self._fisher.is_empirical
+            if not empirical and not call.reached:
                 arming.unsampled.add(call.block.name)
                 return
-            call.complete(grad_output, self.scale if self.fisher_type == "empirical" else None)
-            backward = torch._C._current_graph_task_id()
-            if arming.queued_in != backward:
-                # Once this backward has ended: then all layers' arithmetic is done in a row.
-                queue = torch.autograd.Variable._execution_engine.queue_callback
-                queue(partial(_end_of_backward, weakref.ref(self)))
-                arming.queued_in = backward
+            call.complete(grad_output, self.scale, empirical=empirical)
+            # What a checkpoint recomputes gets its gradients in a backward nested in the one to
+            # wait for: a block may be used in both, and by several checkpoints.
+            if not call.recomputed:
+                self._await_end(arming)
             arming.arrived.append(call)
 
-    def _make_statistics(self) -> None:
+    def _await_end(self, arming: Arming) -> None:
+        """Once the backward that runs has ended, all layers' arithmetic is done in a row."""
+        backward = torch._C._current_graph_task_id()
+        if arming.queued_in != backward:
+            queue = torch.autograd.Variable._execution_engine.queue_callback
+            queue(partial(end_of_backward, weakref.ref(self)))
+            arming.queued_in = backward
+
+    def make_statistics(self) -> None:
         """Deliver what has arrived."""
         with self._lock:
             arming = self._arming
             if arming is None:
                 return
             arrived, arming.arrived = arming.arrived, []
+            calls: dict[tuple[str, int], list[Call]] = {}
             for call in arrived:
-                arming.delivered.add(call.block.name)
-                arming.sink(call.block.name, self._guard(call.statistic()))
-
-
-def _forward_hook(
-    capture_ref: weakref.ref[Capture],
-    module: nn.Module,
-    args: tuple[Any, ...],
-    kwargs: dict[str, Any],
-    output: Any,
-) -> None:
-    capture = capture_ref()
-    if capture is None or capture._arming is None:
-        return
-    block = capture._arming.blocks.get(id(module))
-    if block is not None:
-        capture._observe(capture._arming, block, args[0] if args else kwargs["input"], output)
-
-
-def _gradient_hook(capture_ref: weakref.ref[Capture], call: Call, grad: Tensor | None) -> None:
-    capture = capture_ref()
-    if capture is not None and grad is not None:
-        capture._deliver(call, grad)
-
-
-def _end_of_backward(capture_ref: weakref.ref[Capture]) -> None:
-    capture = capture_ref()
-    if capture is not None:
-        capture._make_statistics()
+                key = call.block.name, id(call.micro_batch)
+                calls.setdefault(key, []).append(call)
+            for (name, _), own in calls.items():
+                arming.delivered.add(name)
+                arming.sink(name, self._guard(joined(own)))
+                for call in own:
+                    call.forget()
 
 
 def _check_choice(what: str, value: str, choices: tuple[str, ...]) -> None:
     if value not in choices:
         raise ConfigError(f"{what} is {value!r}: use one of {', '.join(choices)}")
+
+
+def _by_name(value: T | Mapping[str, T], names: Iterable[str]) -> dict[str, T]:
+    return {name: value[name] if isinstance(value, Mapping) else value for name in names}

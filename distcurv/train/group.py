@@ -1,9 +1,9 @@
 """The collectives of the training ranks, and the checks that ride on them.
 
 Control vectors are CPU integers on a gloo group of our own; they carry the step, the hash of the
-block table and a fingerprint of the gradients, so that ranks which disagree all learn of it from
-the same reduced vector and all raise.  Tensors go over NCCL where the training does, else gloo.
-With one process (or without torch.distributed) every operation is the identity.
+block table and fingerprints of the gradients and of the settings, so that ranks which disagree all
+learn of it from the same reduced vector and all raise.  Tensors go over NCCL where the training
+does, else gloo.  With one process (or without torch.distributed) every operation is the identity.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import socket
 import zlib
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -20,7 +21,15 @@ from torch import Tensor
 
 from distcurv.errors import MismatchError
 
-_HEAD = 3  # step, table hash, gradient fingerprint
+_HEAD = 4  # step, table hash, fingerprints
+
+
+class Prints(NamedTuple):
+    """Numbers that must be equal on all ranks: of the reduced gradients (0: not compared), and of
+    the settings that change with the step."""
+
+    gradients: int
+    settings: int
 
 
 @dataclass
@@ -106,6 +115,15 @@ class RankGroup:
                 f"{what} differs between ranks {dict(enumerate(numbers))}: {remedy}"
             )
 
+    def everywhere(self, flag: Tensor) -> Tensor:
+        """Whether a flag (bool, without a dimension) is true on all ranks; no device is waited
+        for."""
+        if self._tensors is None:
+            return flag
+        common = flag.to(self.device, torch.float32)
+        dist.all_reduce(common, op=dist.ReduceOp.MIN, group=self._tensors)
+        return common > 0
+
     def begin_reduce(self, buckets: dict[int, Tensor]) -> list[dist.Work]:
         """Sum each owner's bucket to it; other ranks' buckets are garbage afterwards."""
         works = []
@@ -143,9 +161,9 @@ class RankGroup:
             return None
         return dist.all_reduce(torch.zeros(1), group=self._control, async_op=True)
 
-    def begin_poll(self, step: int, digest: int, fingerprint: int, resident: list[int]) -> Poll:
+    def begin_poll(self, step: int, digest: int, prints: Prints, resident: list[int]) -> Poll:
         """Begin to all-reduce "newest version resident at its owner" (-1 where not owned)."""
-        head = [step, digest, fingerprint]
+        head = [step, digest, *prints]
         vector = torch.tensor(head + [-x for x in head] + resident, dtype=torch.int64)
         work = None
         if self._control is not None:
@@ -167,6 +185,12 @@ class RankGroup:
             raise MismatchError(
                 f"the training ranks are at different steps ({low[0]} to {high[0]}): every rank "
                 "must call step() once per training step (check load_state_dict on all ranks)"
+            )
+        if high[3] != low[3]:
+            raise MismatchError(
+                f"the settings of step {high[0]} differ between training ranks: an interval, a "
+                "damping or a learning rate that is a function of the step must depend on the step "
+                "alone, and one that is set between steps must be set alike on all ranks"
             )
         if high[2] != low[2]:
             raise MismatchError(

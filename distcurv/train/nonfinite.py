@@ -24,7 +24,9 @@ class FiniteGuard:
         """The statistic, or zeros with count 0, see `guard_finite`."""
         guarded = guard_finite(statistic)
         if guarded is not statistic:
-            dropped = (statistic["A.count"] != guarded["A.count"]).long()
+            # Of whichever side comes first: A, or F of a block with one side.
+            count = next(name for name in statistic if name.endswith(".count"))
+            dropped = (statistic[count] != guarded[count]).long()
             so_far = self._dropped.get(dropped.device)
             self._dropped[dropped.device] = dropped if so_far is None else so_far + dropped
         return guarded

@@ -7,7 +7,6 @@ does with what is installed: `step` returns the installs of the step and the cal
 
 from __future__ import annotations
 
-import logging
 import weakref
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -23,7 +22,7 @@ from distcurv.train import fingerprint
 from distcurv.train.accord import Accord
 from distcurv.train.backlog import Span
 from distcurv.train.depot import Depot, State
-from distcurv.train.group import RankGroup
+from distcurv.train.group import Prints, RankGroup
 from distcurv.train.lanes import Lanes
 from distcurv.train.log import InstallLog, Record, Replay
 from distcurv.train.named_events import NamedEvents
@@ -34,8 +33,6 @@ from distcurv.train.switch import Install, Switch, first_installs
 from distcurv.train.table import BlockTable
 from distcurv.train.timetable import Action, Plan, Timetable
 from distcurv.train.window import Closed, Window
-
-log = logging.getLogger("distcurv.train")
 
 
 @dataclass
@@ -80,7 +77,7 @@ class Pipeline:
             "build the same model and the same config on every rank",
         )
         self.group.agree(
-            "the configuration", fingerprint.of_text(repr(config)), "use one config on all ranks"
+            "the configuration", fingerprint.of_text(config.description()), "use one on all ranks"
         )
         self.device = device
         names = [spec.name for spec in self.table.specs]
@@ -140,11 +137,12 @@ class Pipeline:
 
     # -- the step -------------------------------------------------------------------------
 
-    def step(self, grads: Sequence[Tensor]) -> list[Install]:
+    def step(self, grads: Sequence[Tensor], settings: Sequence[float] = ()) -> list[Install]:
         """One training step: run the timetable's plan and return what was installed.
 
         Args:
             grads: reduced gradients, equal on all ranks, of which a fingerprint is compared.
+            settings: what holds at this step (damping, ...), compared at sync points.
         """
         if self._closed:
             raise StateError("Pipeline.step was called after close()")
@@ -153,17 +151,19 @@ class Pipeline:
         step = self._begun = self.step_count
         plan = self.timetable.plan(step)
         try:
-            if plan.together and not self._accord.meet(step, self._print.now(grads)):
+            captured = self.window.captures, self.capture_due
+            now = fingerprint.of_text(repr((self.timetable.cycles.at(step), *captured, *settings)))
+            if plan.together and not self._accord.meet(step, Prints(self._print.now(grads), now)):
                 return []
-            installs = self._run(step, plan, grads)
+            installs = self._run(step, plan, grads, now)
         except MismatchError as error:
             self._accord.part(error)
             return []
-        self.staleness_watch.look(self.installed, step)
+        self.staleness_watch.look(self.installed, step, self.timetable.staleness_bound(step))
         self.step_count = step + 1
         return installs
 
-    def _run(self, step: int, plan: Plan, grads: Sequence[Tensor]) -> list[Install]:
+    def _run(self, step: int, plan: Plan, grads: Sequence[Tensor], settings: int) -> list[Install]:
         if self.capture_due:
             self.window.count_capture()
         installs: list[Install] = []
@@ -175,7 +175,7 @@ class Pipeline:
             elif action is Action.AWAIT:
                 self.lanes.settle(plan.based_on)
             elif action is Action.POLL:
-                self._begin_poll(step, plan, grads)
+                self._begin_poll(step, plan, grads, settings)
             elif action is Action.ANNOUNCE:
                 self._switch.announce(self.installed)
             else:
@@ -216,7 +216,7 @@ class Pipeline:
     def _waits(self, early: bool) -> bool:
         return early or self.config.install_delay is not None or self._replay is not None
 
-    def _begin_poll(self, step: int, plan: Plan, grads: Sequence[Tensor]) -> None:
+    def _begin_poll(self, step: int, plan: Plan, grads: Sequence[Tensor], settings: int) -> None:
         replay = self._replay
         if replay is not None:
             self.lanes.settle()
@@ -233,7 +233,8 @@ class Pipeline:
             return states
 
         # Where all ranks are in the step together, its start compared the fingerprint.
-        self._switch.begin_poll(step, 0 if plan.together else self._print.take(grads), resident)
+        prints = Prints(0 if plan.together else self._print.take(grads), settings)
+        self._switch.begin_poll(step, prints, resident)
 
     def _install(self, step: int) -> list[Install]:
         installs = self._switch.finish(step)
@@ -259,7 +260,7 @@ class Pipeline:
 
     def too_stale(self, block: int) -> bool:
         """Whether a block's staleness has passed its bound (the same on all ranks)."""
-        return self.staleness(block) > self.config.resolved_max_staleness
+        return self.staleness(block) > self.timetable.staleness_bound(self._begun)
 
     def _owns_stale(self) -> bool:
         fallback = self.config.staleness_policy == "fallback"

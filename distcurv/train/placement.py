@@ -20,7 +20,7 @@ import torch
 
 from distcurv.config import ServiceConfig
 from distcurv.curvature.kinds import KINDS
-from distcurv.curvature.spec import BlockSpec
+from distcurv.curvature.spec import RANKLESS, BlockSpec
 from distcurv.train.table import BlockTable
 
 WORKER, INLINE = "worker", "inline"
@@ -83,7 +83,7 @@ class Load:
     @classmethod
     def of(cls, table: BlockTable, config: ServiceConfig, device: torch.device) -> Load:
         """Of a job whose statistics and installed tensors live on ``device``."""
-        interval = config.preconditioner_upd_interval
+        interval = config.resolved_preconditioner_upd_interval
         return cls(table.specs, table.owners, interval, device.type == "cuda")
 
 
@@ -98,10 +98,13 @@ def refresh_operations(spec: BlockSpec) -> float:
     """Floating point operations of one refresh of a block, terms in d alone dropped.
 
     A sketched side takes 37 d r² + 180 r³ (thin QRs of d×r and d×2r, two small SVDs), a dense one
-    2 d³ (Cholesky factor and inverse)."""
+    2 d³ (Cholesky factor and inverse), one of kind shampoo as long as 12 d³ of those (measured at
+    d = 128 to 768, one core: 5.3 to 6.4 times a dense one), a factor without a basis none."""
+    with_basis = [side for side in spec.sides if side.encoding not in RANKLESS]
     if spec.kind == "lowrank":
-        return sum(37.0 * s.dim * s.rank**2 + 180.0 * s.rank**3 for s in spec.sides)
-    return sum(2.0 * s.dim**3 for s in spec.sides)
+        return sum(37.0 * s.dim * s.rank**2 + 180.0 * s.rank**3 for s in with_basis)
+    each = 12.0 if spec.kind == "shampoo" else 2.0
+    return sum(each * s.dim**3 * s.units for s in with_basis)
 
 
 def exchanged_bytes(spec: BlockSpec) -> int:

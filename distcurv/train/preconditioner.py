@@ -13,19 +13,26 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from distcurv.config import KfacConfig
-from distcurv.curvature.spec import BlockSpec, SideSpec
-from distcurv.curvature.statistics import resolve_encoding
+from distcurv.config import KfacConfig, Schedule
+from distcurv.curvature.apply import finish
 from distcurv.errors import ConfigError
-from distcurv.train import checkpoint, metrics
+from distcurv.layers.shards import block_shard
+from distcurv.train import checkpoint, coverage, fingerprint, metrics
 from distcurv.train.activations import ActivationSource
 from distcurv.train.capture import Capture
-from distcurv.train.discover import FoundLayer, find_layer_blocks
-from distcurv.train.likelihood import Likelihood
+from distcurv.train.captured_block import Watched
+from distcurv.train.closures import StepGuard
+from distcurv.train.eager import uncompiled
+from distcurv.train.likelihoods import Likelihood
 from distcurv.train.log import Record
 from distcurv.train.pipeline import Pipeline
+from distcurv.train.planning import device_of, owned_parameters, plan_blocks, reasons
 from distcurv.train.provider import Workers
 from distcurv.train.rewrite import Rewriter
+from distcurv.train.same_parameters import SameParameters
+from distcurv.train.step_settings import StepSettings
+from distcurv.train.summary import Summary
+from distcurv.train.terms import Terms
 
 log = logging.getLogger("distcurv.train")
 
@@ -56,88 +63,95 @@ class Preconditioner:
         replay: Sequence[Sequence[int]] | None = None,
     ) -> None:
         self.config = config if config is not None else KfacConfig()
-        self._damping = self.config.damping
-        self.lr = self.config.lr
-        self._layers, self.uncovered = find_layer_blocks(model, self.config.ignore_modules)  # type: ignore[arg-type]
-        if not self._layers:
-            raise ConfigError(
-                "the model has no layer that can be preconditioned; left out: "
-                + "; ".join(f"{u.name} ({u.reason})" for u in self.uncovered)
-            )
+        self._model = model
+        self._blocks, self.uncovered = plan_blocks(model, self.config)
         if self.uncovered:
-            log.warning(
-                "left to the base optimizer: %s",
-                "; ".join(f"{u.name} ({u.reason})" for u in self.uncovered),
-            )
-        self._bias = [found.layer.trains_bias(found.module) for found in self._layers]
+            log.warning("left to the base optimizer: %s", reasons(self.uncovered))
+        self._settings = StepSettings(self.config, self._blocks)
         self._pipeline = Pipeline(
-            [self._spec(found, bias) for found, bias in zip(self._layers, self._bias, strict=True)],
+            [block.spec for block in self._blocks],
             self.config,
-            device=_device(self._layers),
+            device=device_of(self._blocks),
             replicated=False,
             workers=workers,
             inline_fallback=False,
             replay=replay,
         )
-        table = self._pipeline.table
+        table, group = self._pipeline.table, self._pipeline.group
+        self._shards = {
+            index: shard
+            for index, (found, bias, *_) in enumerate(self._blocks)
+            if (shard := block_shard(found.module, found.layer, bias)) is not None
+        }
+        group.agree(
+            "the settings of single blocks",
+            fingerprint.of_text(str([block.config.description() for block in self._blocks])),
+            "give all ranks the same KfacConfig.overrides",
+        )
+        self._workers = coverage.told_workers(group, table, self._pipeline.lanes)
+        self._source = self._activation_source(grad_scaler)
+        self._rewriter = Rewriter(
+            table.specs,
+            self.config,
+            self._pipeline.device,
+            grafts=[block.config.graft for block in self._blocks],
+            shards=self._shards,
+        )
+        self._params = owned_parameters(self._blocks)
+        self._same = SameParameters("the Preconditioner", self._params)
+        self._guard = StepGuard(id(module.get_parameter(name)) for module, name in self._params)
+        self._source.arm_if_due()
+
+    def _activation_source(self, grad_scaler: torch.amp.GradScaler | None) -> ActivationSource:
+        watched: dict[str, Watched] = {}
+        indices: dict[str, int] = {}
+        for index, (found, _, _, _, spec) in enumerate(self._blocks):
+            if found.source != "gradient":
+                calls = found.source == "calls"
+                watched[found.name] = Watched(found.module, found.layer, spec, calls, found.tied)
+                indices[found.name] = index
+        configs = {block.found.name: block.config for block in self._blocks}
         capture = Capture(
-            {
-                found.name: (found.module, found.layer, spec)
-                for found, spec in zip(self._layers, table.specs, strict=True)
-            },
+            watched,
             loss_reduction=self.config.loss_reduction,
             accumulation=self.config.accumulation,
             grad_scaler=grad_scaler,
             fisher_type=self.config.fisher_type,
-            weight_sharing=self.config.weight_sharing,  # type: ignore[arg-type]
-            max_rows=self.config.resolved_max_rows,
+            weight_sharing={name: configs[name].weight_sharing for name in watched},  # type: ignore[misc]
+            max_rows={name: configs[name].resolved_max_rows for name in watched},
             seed=self.config.seed + self._pipeline.group.rank,
         )
-        indices = {found.name: block for block, found in enumerate(self._layers)}
-        self._source = ActivationSource(capture, indices, self._pipeline)
-        self._rewriter = Rewriter(table.specs, self.config, self._pipeline.device)
-        self._source.arm_if_due()
-
-    def _spec(self, found: FoundLayer, bias: bool) -> BlockSpec:
-        config = self.config
-        sides = []
-        for dim, tail in zip(
-            found.layer.dims(found.module, bias), (config.tail_in, config.tail_out), strict=True
-        ):
-            if config.kind == "dense":
-                sides.append(SideSpec(dim, dim, "none", "dense"))
-                continue
-            rank = min(config.rank, dim)
-            sides.append(
-                SideSpec(dim, rank, tail, resolve_encoding(dim, rank, tail, config.encoding))
-            )
-        return BlockSpec(
-            found.name,
-            config.kind,
-            tuple(sides),
-            config.factor_decay,
-            config.damping,
-            config.damping_form == "relative",
+        by_gradient = [
+            i
+            for i, block in enumerate(self._blocks)
+            if block.found.source != "module" and i not in self._shards
+        ]
+        return ActivationSource(
+            capture, indices, self._pipeline, by_gradient, sharded=bool(self._shards)
         )
 
     @property
     def damping(self) -> float:
-        """The damping of the next `step`; may be set between two steps, for a schedule.
+        """The damping of the next `step`, of all blocks without their own; may be set between two
+        steps to a number or to a function of the step, alike on all ranks.
 
         Setting it raises `ConfigError` for the kind ``dense``, whose damping is part of what is
         published, and for a number that is not > 0."""
-        return self._damping
+        return self._settings.damping(self._pipeline.step_count)
 
     @damping.setter
-    def damping(self, damping: float) -> None:
-        if self.config.kind == "dense":
-            raise ConfigError(
-                "the damping of kind 'dense' is fixed when the preconditioner is made: set "
-                "KfacConfig.damping, or use kind='lowrank'"
-            )
-        if not 0 < damping < float("inf"):
-            raise ConfigError(f"damping is {damping}: give a number > 0")
-        self._damping = damping
+    def damping(self, damping: float | Schedule) -> None:
+        self._settings.set_damping(damping, self._pipeline.step_count)
+
+    @property
+    def lr(self) -> float | None:
+        """The learning rate that ``kl_clip`` uses at the next `step`; may be set as `damping`, and
+        to None."""
+        return self._settings.lr(self._pipeline.step_count)
+
+    @lr.setter
+    def lr(self, lr: float | Schedule | None) -> None:
+        self._settings.set_lr(lr, self._pipeline.step_count)
 
     # -- the step -------------------------------------------------------------------------
 
@@ -147,37 +161,87 @@ class Preconditioner:
         likelihood: str | Likelihood,
         n_samples: int = 1,
         generator: torch.Generator | None = None,
+        targets: Tensor | None = None,
     ) -> None:
-        """For ``fisher_type="mc"``: between forward and ``backward()``, see `Capture.sample`."""
-        self._source.capture.sample(logits, likelihood, n_samples, generator)
+        """For ``fisher_type="mc"`` and ``"exact"``: between forward and ``backward()``, see
+        `distcurv.train.fisher.Fisher.sample`."""
+        self._source.capture.sample(logits, likelihood, n_samples, generator, targets)
 
+    def count_terms(self, terms: Terms, divisor: Terms | None = None) -> None:
+        """For ``fisher_type="empirical"``: how many terms (unmasked tokens, ...) the loss counts;
+        between forward and ``backward()``, see `distcurv.train.fisher.Fisher.count_terms`."""
+        self._source.capture.count_terms(terms, divisor)
+
+    @property
+    def capture(self) -> Capture:
+        """What watches the model's forwards and backwards."""
+        return self._source.capture
+
+    def observe_loss(
+        self,
+        logits: Tensor,
+        targets: Tensor,
+        likelihood: str | Likelihood,
+        n_samples: int = 1,
+        generator: torch.Generator | None = None,
+    ) -> None:
+        """For any ``fisher_type``: what the loss is; between forward and ``backward()``, see
+        `distcurv.train.fisher.Fisher.observe_loss`."""
+        self._source.capture.observe_loss(logits, targets, likelihood, n_samples, generator)
+
+    @uncompiled
     @torch.no_grad()
-    def step(self, lr: float | None = None) -> None:
+    def step(self, lr: float | None = None, *, factor: float = 1.0) -> None:
         """Rewrite ``.grad`` of the covered layers; call it after ``backward()`` (and after the
         reduction over ranks) and before ``optimizer.step()``, once per training step.
 
+        Gradients may be clipped before it (then what is preconditioned is bounded) or after it
+        (then the update is bounded); the statistics of layers are those of the plain loss anyhow,
+        see docs/guides/settings.md.
+
         Args:
             lr: learning rate for ``kl_clip``; None uses the ``lr`` attribute.
+            factor: what is rewritten is multiplied with it, before ``kl_clip`` bounds it.
+
+        Raises `StateError` where no backward has come since the last step, where an optimizer
+        evaluates its closure again (torch.optim.LBFGS), or where the model has other parameters
+        than at the start (`fully_shard` afterwards).
         """
+        self._same.check()
+        step = self._pipeline.step_count
+        dampings = self._settings.dampings(step)
         lr = self.lr if lr is None else lr
         if lr is None and self.config.kl_clip is not None:
             raise ConfigError(
                 "KfacConfig.kl_clip needs a learning rate: set KfacConfig.lr, the lr "
                 "attribute, or call step(lr=...)"
             )
-        self._source.finish()
+        self._guard.begin(self._grads())
         grads = {
             block: grad
-            for block, (found, bias) in enumerate(zip(self._layers, self._bias, strict=True))
+            for block, (found, bias, *_) in enumerate(self._blocks)
             if (grad := found.layer.gradient(found.module, bias)) is not None
         }
-        self._pipeline.step([grad.weight_OD for grad in grads.values()])
+        self._source.finish(grads)
+        lr = lr if lr is None else lr * abs(factor)
+        clip = [lr] if self.config.kl_clip is not None and lr is not None else []
+        # Parts of sharded gradients differ between the ranks.
+        whole = [grad.weight_OD for block, grad in grads.items() if block not in self._shards]
+        self._pipeline.step(whole, [*dampings, *clip])
         usable = {block: grad for block, grad in grads.items() if self._usable(block)}
-        self._rewriter.rewrite(usable, self._pipeline.installed, self.damping, lr)
+        self._rewriter.rewrite(usable, self._pipeline.installed, dampings, lr)
         for block, grad in usable.items():
-            found = self._layers[block]
-            found.layer.write_gradient(found.module, self._bias[block], grad)
+            found, bias, *_ = self._blocks[block]
+            if factor != 1.0:
+                finish(grad, None, torch.tensor(factor))
+            found.layer.write_gradient(found.module, bias, grad)
+        self._guard.end(self._grads())
         self._source.arm_if_due()
+
+    def _grads(self) -> list[Tensor | None]:
+        """The ``.grad`` of the covered parameters."""
+        params = (module._parameters[name] for module, name in self._params)
+        return [None if param is None else param.grad for param in params]
 
     def _usable(self, block: int) -> bool:
         if self._pipeline.installed[block].version == 0:
@@ -187,13 +251,14 @@ class Preconditioner:
     # -- state ----------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
-        """Installed versions, damping and learning rate; local, the same on every rank."""
-        return checkpoint.save(self._pipeline) | {"damping": self.damping, "lr": self.lr}
+        """Installed versions, damping and learning rate (None where a function of the step says
+        it); local, the same on every rank."""
+        return checkpoint.save(self._pipeline) | self._settings.state()
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue from a `state_dict`; call it on all ranks at the same step."""
         checkpoint.load(self._pipeline, state)
-        self._damping, self.lr = state["damping"], state["lr"]
+        self._settings.load({name: state[name] for name in ("damping", "lr")})
         self._source.arm_if_due()
 
     @property
@@ -204,17 +269,25 @@ class Preconditioner:
     @property
     def block_names(self) -> list[str]:
         """Names of the blocks, by the index that the install log uses."""
-        return [found.name for found in self._layers]
+        return [block.spec.name for block in self._blocks]
 
     def metrics(self) -> dict[str, float | int]:
         """Counters of this rank, see `distcurv.train.metrics.collect`; and
-        ``statistics_nonfinite``, the captured calls that were not finite and count as zeros."""
-        nonfinite = self._source.capture.nonfinite
+        ``statistics_nonfinite``, what was captured and counts as zeros because it was not finite,
+        or its step's gradients overflowed under AMP."""
+        nonfinite = self._source.nonfinite
         return metrics.collect(self._pipeline) | {"statistics_nonfinite": nonfinite}
+
+    def summary(self) -> Summary:
+        """Every parameter, its block and how that is served, or why it has none; local.  ``str()``
+        of it is a table, its ``rows`` are the data."""
+        rows = coverage.block_rows(self._pipeline.table, self._workers)
+        return coverage.kfac_summary(self._model, self._blocks, self.uncovered, rows)
 
     def close(self) -> None:
         """End threads, links and hooks; local and idempotent."""
         self._source.disarm()
+        self._guard.close()
         self._pipeline.close()
 
     def __enter__(self) -> Preconditioner:
@@ -222,12 +295,3 @@ class Preconditioner:
 
     def __exit__(self, *exc: object) -> None:
         self.close()
-
-
-def _device(layers: Sequence[FoundLayer]) -> torch.device:
-    devices = {p.device for found in layers for p in found.module.parameters(recurse=False)}
-    if len(devices) != 1:
-        raise ConfigError(
-            f"the covered layers are on {sorted(map(str, devices))}: put them on one device"
-        )
-    return devices.pop()

@@ -9,18 +9,28 @@ Letters: n blocks of one group, O output features, I input features with the bia
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Container, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from distcurv.config import KfacConfig
-from distcurv.curvature.apply import AffineGradient, Applied, Prepared, apply, finish, prepare
+from distcurv.curvature.apply import (
+    AffineGradient,
+    Applied,
+    Prepared,
+    apply,
+    finish,
+    prepare_block,
+)
 from distcurv.curvature.kinds import KINDS
 from distcurv.curvature.norm_rule import graft_scale, kl_clip_scale
 from distcurv.curvature.precision import full_float32
 from distcurv.curvature.spec import BlockSpec
+from distcurv.layers.shards import BlockShard
+from distcurv.train.rewrite_shards import ShardRewriter
 from distcurv.train.switch import Install
 
 # Blocks of up to so many numbers are grouped: copying them costs less than the launches it spares.
@@ -30,7 +40,7 @@ MOST_NUMBERS_IN_GROUP = 1 << 23  # what a group's copy may take
 
 class _Kept(NamedTuple):
     installs: list[Install]
-    damping: float
+    dampings: list[float]
     bias: bool
     prepared: Prepared
 
@@ -48,9 +58,11 @@ class Rewriter:
 
     Args:
         specs: the blocks in table order.
-        config: norm rule and form of the damping.
+        config: norm rule.
         device: where gradients and installed tensors are.
         grouped: whether small blocks of one shape go together; None: on all devices but the CPU.
+        grafts: by block, whether it is grafted; None: all of them as the config says.
+        shards: the blocks of which this rank has a part, by index; `rewrite` gets their parts.
     """
 
     def __init__(
@@ -59,18 +71,23 @@ class Rewriter:
         config: KfacConfig,
         device: torch.device,
         grouped: bool | None = None,
+        grafts: Sequence[bool] | None = None,
+        shards: Mapping[int, BlockShard] | None = None,
     ) -> None:
         self._specs = specs
         self._config = config
         self._device = device
-        self._groups = _groups(specs, device.type != "cpu" if grouped is None else grouped)
+        self._grafts = [config.graft] * len(specs) if grafts is None else grafts
+        grouped = device.type != "cpu" if grouped is None else grouped
+        self._shards = ShardRewriter(specs, config, self._grafts, shards) if shards else None
+        self._groups = _groups(specs, self._grafts, grouped, shards or ())
         self._kept: dict[int, _Kept] = {}  # by index of the group
 
     def rewrite(
         self,
         grads: Mapping[int, AffineGradient],
         installed: Sequence[Install],
-        damping: float,
+        dampings: Sequence[float],
         lr: float | None,
     ) -> None:
         """Overwrite gradients with their directions after the norm rule; waits for no device.
@@ -78,21 +95,29 @@ class Rewriter:
         Args:
             grads: by block; of any float dtype and memory format.
             installed: by block, all on version 1 or later where there is a gradient.
-            damping: of all blocks.
+            dampings: by block.
             lr: learning rate for ``kl_clip``.
         """
         with full_float32(self._device):
             working = []
+            if self._shards is not None:
+                self._shards.begin(grads, installed, dampings)
             for index, group in enumerate(self._groups):
                 blocks = [block for block in group if block in grads]
                 if blocks:
-                    working.append(self._begin(index, blocks, grads, installed, damping))
+                    working.append(self._begin(index, blocks, grads, installed, dampings))
+            if self._shards is not None:
+                working += [
+                    _Working([block], grad, applied)
+                    for block, grad, applied in self._shards.complete()
+                ]
             clip = self._config.kl_clip
-            scale: Tensor | None = None
+            common: Tensor | None = None
             if clip is not None and lr is not None and working:
                 inner = [w.applied.inner for w in working if w.applied.inner is not None]
-                scale = kl_clip_scale(inner, clip, lr)
+                common = kl_clip_scale(inner, clip, lr)
             for blocks, grad, applied in working:
+                scale = common
                 if applied.grad_norm is not None and applied.norm is not None:
                     scale = graft_scale(applied.grad_norm, applied.norm)
                 finish(grad, applied.row_O1, scale)
@@ -104,27 +129,28 @@ class Rewriter:
         blocks: list[int],
         grads: Mapping[int, AffineGradient],
         installed: Sequence[Install],
-        damping: float,
+        dampings: Sequence[float],
     ) -> _Working:
         grad = _together([grads[block] for block in blocks])
         bias = grad.bias_O is not None
         installs = [installed[block] for block in blocks]
+        own = [dampings[block] for block in blocks]
         kept = self._kept.get(index)
         if (
             kept is None
-            or kept.damping != damping
+            or kept.dampings != own
             or kept.bias != bias
             or len(kept.installs) != len(installs)
             or any(a is not b for a, b in zip(kept.installs, installs, strict=True))
         ):
-            prepared = self._prepare(self._specs[blocks[0]], installs, damping, bias)
-            kept = self._kept[index] = _Kept(installs, damping, bias, prepared)
-        config = self._config
-        applied = apply(kept.prepared, grad, norms=config.graft, inner=config.kl_clip is not None)
+            prepared = self._prepare(self._specs[blocks[0]], installs, own, bias)
+            kept = self._kept[index] = _Kept(installs, own, bias, prepared)
+        graft, clips = self._grafts[blocks[0]], self._config.kl_clip is not None
+        applied = apply(kept.prepared, grad, norms=graft, inner=clips)
         return _Working(blocks, grad, applied)
 
     def _prepare(
-        self, spec: BlockSpec, installs: list[Install], damping: float, bias: bool
+        self, spec: BlockSpec, installs: list[Install], dampings: list[float], bias: bool
     ) -> Prepared:
         tensors = installs[0].tensors
         if len(installs) > 1:
@@ -132,18 +158,28 @@ class Rewriter:
                 name: torch.stack([install.tensors[name] for install in installs])
                 for name in tensors
             }
-        relative = self._config.damping_form == "relative"
-        inverse_A, inverse_G = KINDS[spec.kind].inverses(spec, tensors, damping, relative)
-        return prepare(inverse_G, inverse_A, bias=bias)
+        damping: float | Tensor = dampings[0]
+        if any(other != damping for other in dampings):
+            damping = torch.tensor(dampings, dtype=torch.float64, device=self._device)
+        inverses = KINDS[spec.kind].inverses(spec, tensors, damping, spec.relative_damping)
+        return prepare_block(inverses, bias=bias)
 
 
-def _groups(specs: Sequence[BlockSpec], grouped: bool) -> list[list[int]]:
+def _groups(
+    specs: Sequence[BlockSpec],
+    grafts: Sequence[bool],
+    grouped: bool,
+    without: Container[int] = (),
+) -> list[list[int]]:
     """Blocks that go together, in the order of their first one."""
     groups: list[list[int]] = []
     open_groups: dict[object, list[int]] = {}  # to be added to, by shape
     for block, spec in enumerate(specs):
-        numbers = spec.sides[0].dim * spec.sides[1].dim
-        key = spec.shape_key() if grouped and numbers <= MOST_NUMBERS_IN_BLOCK else block
+        if block in without:
+            continue
+        numbers = math.prod(side.dim for side in spec.sides)
+        shared = grouped and numbers <= MOST_NUMBERS_IN_BLOCK
+        key = (spec.shape_key(), grafts[block]) if shared else block
         group = open_groups.get(key)
         if group is None or numbers * (len(group) + 1) > MOST_NUMBERS_IN_GROUP:
             group = open_groups[key] = []

@@ -20,7 +20,7 @@ class StalenessWatch:
     """Keeps the worst staleness seen, and warns once when it passes its bound.
 
     Args:
-        config: bound and policy.
+        config: the policy.
         emit: event sink.
     """
 
@@ -30,11 +30,10 @@ class StalenessWatch:
         self._warned = False
         self.worst = 0
 
-    def look(self, installed: Sequence[Install], step: int) -> None:
-        """Take note of a step."""
+    def look(self, installed: Sequence[Install], step: int, bound: int) -> None:
+        """Take note of a step, at which ``bound`` holds."""
         worst = max((staleness(install, step) for install in installed), default=0)
         self.worst = max(self.worst, worst)
-        bound = self._config.resolved_max_staleness
         if worst > bound and not self._warned:
             self._warned = True
             text = (

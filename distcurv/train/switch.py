@@ -18,7 +18,7 @@ from distcurv.curvature.kinds import KINDS
 from distcurv.curvature.spec import Tensors
 from distcurv.errors import StateError
 from distcurv.train.depot import State
-from distcurv.train.group import Poll, RankGroup, Spread
+from distcurv.train.group import Poll, Prints, RankGroup, Spread
 from distcurv.train.table import BlockTable
 
 # Stands in a poll for a version that was due and will not come; larger than any other number.
@@ -66,12 +66,12 @@ class Switch:
         self._spread: Spread | None = None
 
     def begin_poll(
-        self, step: int, fingerprint: int, resident: Callable[[int], list[State] | None]
+        self, step: int, prints: Prints, resident: Callable[[int], list[State] | None]
     ) -> None:
         """Begin to tell all ranks the newest version of each block.
 
         Args:
-            step, fingerprint: compared over the ranks.
+            step, prints: compared over the ranks.
             resident: a block's states, oldest first, up to the one to announce; may be empty.
                 None: the version that is due was lost with its worker.
         """
@@ -84,7 +84,7 @@ class Switch:
             elif states:
                 self._pinned[block] = states
                 versions[block] = states[-1].version
-        self._poll = self._group.begin_poll(step, self._table.digest_number, fingerprint, versions)
+        self._poll = self._group.begin_poll(step, self._table.digest_number, prints, versions)
 
     def announce(self, installed: list[Install]) -> None:
         """Finish the poll and begin to broadcast what is newer than ``installed``.

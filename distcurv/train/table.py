@@ -12,15 +12,19 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from distcurv.curvature.kinds import KINDS
-from distcurv.curvature.spec import BlockSpec, Layout
+from distcurv.curvature.spec import RANKLESS, BlockSpec, Layout
 from distcurv.errors import ConfigError
 
 
 def refresh_cost(spec: BlockSpec) -> float:
-    """Rough cost of one refresh of a block, in multiply-adds: d r^2 low rank, d^3 dense."""
+    """Rough cost of one refresh of a block, in multiply-adds: d r^2 low rank, d^3 for matrices, and
+    d where a factor has no basis."""
     cost = 0.0
     for side in spec.sides:
-        cost += side.dim**3 if spec.kind == "dense" else side.dim * side.rank**2
+        if side.encoding in RANKLESS:
+            cost += side.dim
+        else:
+            cost += side.dim * side.rank**2 if spec.kind == "lowrank" else side.dim**3 * side.units
     return cost
 
 

@@ -11,16 +11,19 @@ One cycle of the asynchronous mode, s a multiple of T::
     s+3   POST       the owner hands the reduced statistics to its I/O thread
 
 The window ends with the install, so all statistics of one window are against one basis and that
-basis is the installed one.  For T < 4 all of it happens within step s.
+basis is the installed one.  For T < 4 all of it happens within step s.  Where T is a function of
+the step, s is the first step of a cycle (`distcurv.train.cycles`), and the next one is s + T.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from enum import Enum
 from typing import NamedTuple
 
 from distcurv.config import ServiceConfig
+from distcurv.train.cycles import Cycles
 
 
 class Action(Enum):
@@ -62,31 +65,40 @@ class Timetable:
     """The exchange's rhythm.
 
     Attributes:
-        interval: T in steps.
-        capture_interval: steps between two statistics.
+        cycles: the windows after the early phase, and when statistics are due in them.
         early_steps: length of the early phase in steps.
         early_interval: steps between two in-process refreshes of the early phase.
-        install_delay: None (asynchronous) or k of the deterministic mode.
+        install_delay: None (asynchronous) or k of the deterministic mode, in which all cycles are
+            of one length unless k is 0.
         inline: refreshes run in this process, so step() may wait for them before a poll.
+        first_sync: the first step of a cycle outside the early phase.
+        bridged_until: the end of the cycle that begins there.
+        statistics_at: whether statistics are due at a step, where cycles do not say it.
     """
 
-    interval: int
-    capture_interval: int
+    cycles: Cycles
     early_steps: int
     early_interval: int
     install_delay: int | None
     inline: bool
+    first_sync: int
+    bridged_until: int
+    statistics_at: Callable[[int], bool] | None = None
 
     @classmethod
     def from_config(cls, config: ServiceConfig, *, inline: bool) -> Timetable:
         """The timetable that a config asks for."""
+        cycles = Cycles(config)
+        first = cycles.first_from(config.resolved_early_steps)
         return cls(
-            interval=config.preconditioner_upd_interval,
-            capture_interval=config.resolved_curvature_upd_interval,
+            cycles=cycles,
             early_steps=config.resolved_early_steps,
-            early_interval=min(config.early_interval, config.preconditioner_upd_interval),
+            early_interval=min(config.early_interval, config.resolved_preconditioner_upd_interval),
             install_delay=config.install_delay,
             inline=inline,
+            first_sync=first.start,
+            bridged_until=first.start + first.interval,
+            statistics_at=config.statistics_at,
         )
 
     def is_early(self, step: int) -> bool:
@@ -95,11 +107,18 @@ class Timetable:
 
     def capture_due(self, step: int) -> bool:
         """Whether statistics are taken at this step: at their interval, and at the end of the early
-        windows and of the one that follows them, so that none is empty."""
-        if step % self.capture_interval == 0:
+        windows and of the one that follows them, so that none is empty; or as ``statistics_at``
+        says."""
+        if self.statistics_at is not None:
+            return self.statistics_at(step)
+        if self.cycles.at(step).capture_due(step):
             return True
-        bridging = bool(self.early_steps) and step < self._first_sync() + self.interval
+        bridging = bool(self.early_steps) and step < self.bridged_until
         return bridging and Action.CLOSE in self.plan(step).actions
+
+    def staleness_bound(self, step: int) -> int:
+        """The bound on staleness in steps that holds at a step."""
+        return self.cycles.at(step).staleness_bound
 
     def plan(self, step: int) -> Plan:
         """What the exchange does at this step (counted from 0)."""
@@ -111,36 +130,33 @@ class Timetable:
             return self._deterministic(step, self.install_delay)
         return self._asynchronous(step)
 
-    def _first_sync(self) -> int:
-        """The first multiple of T outside the early phase."""
-        return -(-self.early_steps // self.interval) * self.interval
-
     def _deterministic(self, step: int, delay: int) -> Plan:
-        closes = step % self.interval == 0
+        closes = self.cycles.at(step).start == step
         based_on = step - delay
-        installs = based_on >= self._first_sync() and based_on % self.interval == 0
+        installs = based_on >= self.first_sync and self.cycles.at(based_on).start == based_on
         if closes and installs and delay == 0:
             return Plan(_CLOSE_POST + _SWITCH, False, based_on)
         actions = (_SWITCH if installs else ()) + (_CLOSE_POST if closes else ())
         return Plan(actions, False, based_on if installs else None)
 
     def _asynchronous(self, step: int) -> Plan:
-        phase = step % self.interval
-        if step - phase < self._first_sync():
+        cycle = self.cycles.at(step)
+        phase = step - cycle.start
+        if cycle.start < self.first_sync:
             return _NOTHING
         wait = (Action.AWAIT,) if self.inline else ()
-        if self.interval < 4:
+        if cycle.interval < 4:
             if phase:
                 return _NOTHING
             switch = (Action.POLL, Action.ANNOUNCE, Action.INSTALL)
             return Plan(wait + switch + _CLOSE_POST, False, None)
-        cycle: dict[int, tuple[Action, ...]] = {
+        actions: dict[int, tuple[Action, ...]] = {
             0: (*wait, Action.POLL),
             1: (Action.ANNOUNCE,),
             2: (Action.INSTALL, Action.CLOSE),
             3: (Action.POST,),
         }
-        return Plan(cycle.get(phase, ()), False, None)
+        return Plan(actions.get(phase, ()), False, None)
 
     def install_step(self, poll_step: int) -> int:
         """The step at which what is polled at ``poll_step`` gets installed."""

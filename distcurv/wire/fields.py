@@ -40,7 +40,13 @@ class Rule:
     beside: tuple[str, ...] = ()
 
 
-_SIDE: dict[str, Check] = {"dim": Int(1), "rank": Int(1), "tail": Text(), "encoding": Text()}
+_SIDE: dict[str, Check] = {
+    "dim": Int(1),
+    "rank": Int(),
+    "tail": Text(),
+    "encoding": Text(),
+    "units": Int(1),
+}
 
 _BLOCK: dict[str, Check] = {
     "name": Text(1024),
@@ -49,6 +55,7 @@ _BLOCK: dict[str, Check] = {
     "decay": Float(0.0),
     "damping": Float(0.0),
     "relative_damping": Bool(),
+    "power": Float(0.0),
 }
 
 _SESSION = Bytes((16,))

@@ -17,8 +17,8 @@ from distcurv.worker.store import FLOAT_BYTES
 
 LARGEST_DIM = 2**24  # keeps every size far inside 64 bits
 
-_BLOCK_FIELDS = {"name", "kind", "sides", "decay", "damping", "relative_damping"}
-_SIDE_FIELDS = {"dim", "rank", "tail", "encoding"}
+_BLOCK_FIELDS = {"name", "kind", "sides", "decay", "damping", "relative_damping", "power"}
+_SIDE_FIELDS = {"dim", "rank", "tail", "encoding", "units"}
 
 
 def read_table(entries: Sequence[Mapping[str, object]], room: int) -> list[BlockSpec]:
@@ -73,9 +73,10 @@ def _read_block(entry: Mapping[str, object], index: int) -> BlockSpec:
         raise ProtocolError("bad_table", f"{where}: relative_damping is {relative!r}")
     name = _text(entry["name"], f"{where}: name")
     damping = _number(entry["damping"], f"{where}: damping")
+    power = _number(entry["power"], f"{where}: power")
     sides_read = tuple(_read_side(side, where) for side in sides)
     try:
-        return BlockSpec(name, kind, sides_read, decay, damping, relative)
+        return BlockSpec(name, kind, sides_read, decay, damping, relative, power)
     except ShapeError as error:
         raise ProtocolError("bad_table", f"{where}: {error}") from error
 
@@ -89,6 +90,7 @@ def _read_side(entry: object, where: str) -> SideSpec:
             rank=_whole(entry["rank"], f"{where}: rank"),
             tail=_text(entry["tail"], f"{where}: tail"),
             encoding=_text(entry["encoding"], f"{where}: encoding"),
+            units=_whole(entry["units"], f"{where}: units"),
         )
     except ShapeError as error:
         raise ProtocolError("bad_table", f"{where}: {error}") from error

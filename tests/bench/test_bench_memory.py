@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from distcurv.bench.step_held import ELSEWHERE, held
 from distcurv.bench.step_memory import above, memory_of
@@ -39,6 +39,7 @@ class Keeper:
 def test_tensors_are_found_counted_once_and_named() -> None:
     keeper = Keeper()
     excluded, loose = torch.ones(7000), torch.ones(6000)
+    lazy = nn.LazyLinear(3)  # has parameters, but no storage yet
     before = held([], [excluded, loose], "cpu").total - 4 * 15_000
     found = held([keeper], [excluded], "cpu")
     places = {place: nbytes for place, nbytes in found.by_place.items() if nbytes >= 4000}
@@ -50,6 +51,7 @@ def test_tensors_are_found_counted_once_and_named() -> None:
     assert places["call"] == 4 * 5000
     assert places[ELSEWHERE] >= loose.nbytes
     assert found.total - before == 4 * (15_000 + 6000)
+    assert isinstance(lazy.weight, nn.UninitializedParameter)
 
 
 def test_what_is_not_on_the_device_is_said_to_be_on_the_host() -> None:

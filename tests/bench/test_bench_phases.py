@@ -74,7 +74,7 @@ def test_on_cuda_a_phase_has_the_time_of_the_device() -> None:
     assert spent["forward_backward"] > 20 * 1e-4 > spent["apply"]  # 137 GFLOP take 0.1 ms and more
 
 
-def spec(kind: str, sides: tuple[tuple[int, int], tuple[int, int]]) -> BlockSpec:
+def spec(kind: str, sides: tuple[tuple[int, int], ...]) -> BlockSpec:
     return BlockSpec("w", kind, tuple(SideSpec(dim, rank) for dim, rank in sides), 0.9)
 
 
@@ -85,4 +85,15 @@ def test_plain_products_have_the_flops_of_the_apply() -> None:
     assert low.seconds() > 0
     dense = PlainProducts([spec("dense", ((30, 30), (20, 20)))], "cpu")
     assert dense.flops == 2 * 20 * 30 * (30 + 20)
+    assert dense.seconds() > 0
+
+
+def test_diagonals_and_blocks_of_one_side_have_no_products() -> None:
+    one = BlockSpec("n", "unitwise", (SideSpec(64, 0, "diagonal", "unit"),), 0.9)
+    assert PlainProducts([one], "cpu").flops == 0
+    ids, features = SideSpec(30, 0, "diagonal", "diagonal"), SideSpec(20, 3)
+    low = PlainProducts([BlockSpec("e", "lowrank", (ids, features), 0.9), one], "cpu")
+    assert low.flops == 2 * 2 * 20 * 30 * 3
+    dense = PlainProducts([BlockSpec("e", "dense", (ids, SideSpec(20, 20)), 0.9)], "cpu")
+    assert dense.flops == 2 * 20 * 30 * 20
     assert dense.seconds() > 0

@@ -43,5 +43,5 @@ def test_the_exact_factor_is_the_weighted_mean_of_the_windows() -> None:
     """Its trace must be the refreshed version's, which is exact at any rank."""
     case = cases.make_case(32, 8, 2, "cpu")
     published = cases.refresh(case)
-    torch.testing.assert_close(published["A.trace"][0], case.factor_dd.trace(), rtol=1e-4, atol=0.0)
-    assert published["A.U"].shape == (2, 32, 8)
+    torch.testing.assert_close(published["F.trace"][0], case.factor_dd.trace(), rtol=1e-4, atol=0.0)
+    assert published["F.U"].shape == (2, 32, 8)

@@ -62,7 +62,7 @@ def test_a_tiny_run(in_process: list[Request], tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "word"),
     [
-        (("--delays", "0,5000"), "install_delay"),
+        (("--delays", "0,5000"), "--interval"),
         (("--tasks", "charlm", "--batches", "100"), "--batches"),
         (("--batches", "5000"), "--batches"),
     ],

@@ -11,8 +11,8 @@ import torch
 from hypothesis import strategies as st
 from torch import Tensor
 
-from distcurv.curvature import four_block
-from distcurv.curvature.four_block import FourBlockState
+from distcurv.curvature import four_block, four_block_state
+from distcurv.curvature.four_block_state import FourBlockState
 
 FLOAT64 = 1e-9
 FLOAT32 = 5e-3
@@ -111,7 +111,7 @@ class DenseFourBlock:
 
 def fresh(shape: tuple[int, int, int, int], dtype: torch.dtype = torch.float64) -> FourBlockState:
     d_out, d_in, g, a = shape
-    return four_block.init_state((d_out, d_in), g, a, dtype=dtype)
+    return four_block_state.init_state((d_out, d_in), g, a, dtype=dtype)
 
 
 def step(

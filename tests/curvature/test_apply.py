@@ -25,10 +25,16 @@ from distcurv.curvature.apply import (
     prepare,
 )
 from distcurv.curvature.estimate import Estimate
-from distcurv.curvature.inverse import DenseInverse, Inverse, LowRankInverse, invert_low_rank
+from distcurv.curvature.inverse import (
+    DenseInverse,
+    Inverse,
+    LowRankInverse,
+    invert_diagonal,
+    invert_low_rank,
+)
 from distcurv.curvature.norm_rule import graft_scale
 
-TAILS = ["none", "isotropic", "diagonal"]
+TAILS = ["none", "isotropic", "diagonal", "alone"]  # alone: a diagonal without a basis
 
 
 def inverse_of(
@@ -41,6 +47,9 @@ def inverse_of(
         value = torch.full((1,), 0.0 if r == d else 0.5, dtype=torch.float64)
     if tail == "diagonal":
         value = 0.2 + 0.7 * torch.rand(d, generator=generator(seed), dtype=torch.float64)
+    if tail == "alone":
+        entries = torch.linspace(top, 0.5, d, dtype=torch.float64)
+        return invert_diagonal(entries.to(dtype), torch.tensor(0.2, dtype=dtype))
     estimate = Estimate(orthonormal(d, r, seed), lam, value, lam.sum())
     return invert_low_rank(estimate.to(dtype), torch.tensor(0.2, dtype=dtype))
 

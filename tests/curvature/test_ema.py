@@ -50,7 +50,15 @@ def test_first_statistic_counts_fully() -> None:
     assert shares.new_share.item() == 1.0
 
 
-@pytest.mark.parametrize("decay", [1.0, -0.1, float("nan")])
+def test_decay_one_forgets_nothing() -> None:
+    weight = mean = torch.tensor(0.0, dtype=torch.float64)
+    for n, value in ((2, 3.0), (0, 100.0), (1, 9.0)):
+        shares = ema_weights(1.0, torch.tensor(n), weight)
+        mean, weight = shares.old_share * mean + shares.new_share * value, shares.weight
+    assert (weight.item(), mean.item()) == (3.0, 5.0)
+
+
+@pytest.mark.parametrize("decay", [1.1, -0.1, float("nan")])
 def test_impossible_decay_is_refused(decay: float) -> None:
-    with pytest.raises(ConfigError, match="0 <= decay < 1"):
+    with pytest.raises(ConfigError, match="0 <= decay <= 1"):
         ema_weights(decay, torch.tensor(1), torch.tensor(0.0))

@@ -280,12 +280,12 @@ def windows(tail: str, rows: int, count: int, d: int, r: int) -> list[float]:
     errors = []
     for _ in range(count):
         X = torch.randn(1, rows, d, generator=draw) * scale
-        encoded = encode_rows(spec.sides[0], X, published["A.U"])
-        statistic = {f"A.{name}": tensor for name, tensor in encoded.items()}
-        statistic |= {"A.count": torch.tensor([float(rows)]), "steps": torch.ones(1)}
+        encoded = encode_rows(spec.sides[0], X, published["F.U"])
+        statistic = {f"F.{name}": tensor for name, tensor in encoded.items()}
+        statistic |= {"F.count": torch.tensor([float(rows)]), "steps": torch.ones(1)}
         refreshed = kind.refresh(spec, state, statistic, published)
         state, published = refreshed.state, refreshed.published
-        errors.append(orthogonality_error(published["A.U"][0]))
+        errors.append(orthogonality_error(published["F.U"][0]))
     return errors
 
 

@@ -27,7 +27,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from distcurv.curvature import four_block, four_block_parts, four_block_turn
+from distcurv.curvature import four_block, four_block_parts, four_block_state, four_block_turn
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -86,7 +86,7 @@ def test_a_rest_of_pure_rounding_is_floored() -> None:
     """A gradient that lies in the bases leaves a rest of rounding, which must not be blown up."""
     gen = generator(3)
     u, w = orthonormal(40, 3, gen), orthonormal(30, 3, gen)
-    state = four_block.init_state((40, 30), 3, 3)
+    state = four_block_state.init_state((40, 30), 3, 3)
     for t in range(1, 6):
         core = torch.randn(3, 3, generator=gen, dtype=torch.float64)
         x = (u @ core @ w.T).float()
@@ -202,10 +202,10 @@ def test_a_zero_gradient_gives_a_zero_direction() -> None:
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda: four_block.init_state((5,), 1, 1), "not a matrix"),
-        (lambda: four_block.init_state((5, 4), 6, 1), "rank_out 6 is not in 1..5"),
-        (lambda: four_block.init_state((5, 4), 5, 0), "rank_in 0 is not in 1..4"),
-        (lambda: four_block.init_state((5, 4), 1, 1, dtype=torch.bfloat16), "too narrow"),
+        (lambda: four_block_state.init_state((5,), 1, 1), "not a matrix"),
+        (lambda: four_block_state.init_state((5, 4), 6, 1), "rank_out 6 is not in 1..5"),
+        (lambda: four_block_state.init_state((5, 4), 5, 0), "rank_in 0 is not in 1..4"),
+        (lambda: four_block_state.init_state((5, 4), 1, 1, dtype=torch.bfloat16), "too narrow"),
         (lambda: _bad_update(t=0), "step 0"),
         (lambda: _bad_update(x=torch.zeros(4, 5)), "gradient has shape"),
         (lambda: _bad_update(u=torch.eye(4)[:, :2]), "output basis has shape"),

@@ -23,7 +23,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from distcurv.curvature import four_block, four_block_turn
+from distcurv.curvature import four_block_state, four_block_turn
 
 
 @pytest.mark.parametrize(("d_out", "d_in"), [(9, 6), (5, 11), (8, 8), (1, 4)])
@@ -40,7 +40,7 @@ def test_full_rank_equals_dense_soap(d_out: int, d_in: int) -> None:
             bases.append((torch.linalg.eigh(factor_out)[1], torch.linalg.eigh(factor_in)[1]))
         else:
             bases.append(bases[-1])
-    state = four_block.init_state((d_out, d_in), d_out, d_in, dtype=torch.float64)
+    state = four_block_state.init_state((d_out, d_in), d_out, d_in, dtype=torch.float64)
     expected = squared_rotation_soap(grads, bases)
     for t, (x, (u, w)) in enumerate(zip(grads, bases, strict=True)):
         if t and t % 3 == 0:

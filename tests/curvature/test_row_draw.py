@@ -5,6 +5,7 @@ Unbiasedness is exact: over all values of the random number each row is drawn eq
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections import Counter
 
@@ -22,12 +23,9 @@ def drawn(draw: RowDraw, total: int) -> list[int]:
     return list(range(total))[draw.slice]
 
 
-def drawn_from_grid(draw: GridDraw, sizes: tuple[int, int, int]) -> list[tuple[int, ...]]:
-    ns, ps, qs = (
-        drawn(axis, size)
-        for axis, size in zip((draw.samples, draw.down, draw.across), sizes, strict=True)
-    )
-    return [(n, p, q) for n in ns for p in ps for q in qs]
+def drawn_from_grid(draw: GridDraw, sizes: tuple[int, ...]) -> list[tuple[int, ...]]:
+    axes = zip((draw.samples, *draw.axes), sizes, strict=True)
+    return list(itertools.product(*(drawn(axis, size) for axis, size in axes)))
 
 
 @given(samples=SIZES, positions=SIZES, max_rows=st.integers(1, 60))
@@ -46,10 +44,16 @@ def test_each_row_is_drawn_equally_often(samples: int, positions: int, max_rows:
     assert sum(seen.values()) * every / every == total
 
 
-@given(sizes=st.tuples(st.integers(1, 12), st.integers(1, 9), st.integers(1, 9)),
-       max_rows=st.integers(1, 60))  # fmt: skip
+@given(
+    sizes=st.one_of(
+        st.tuples(st.integers(1, 12), st.integers(1, 30)),
+        st.tuples(st.integers(1, 12), st.integers(1, 9), st.integers(1, 9)),
+        st.tuples(st.integers(1, 5), st.integers(1, 4), st.integers(1, 4), st.integers(1, 4)),
+    ),
+    max_rows=st.integers(1, 60),
+)
 def test_each_position_of_a_grid_is_drawn_equally_often(
-    sizes: tuple[int, int, int], max_rows: int
+    sizes: tuple[int, ...], max_rows: int
 ) -> None:
     weight = Sampler(max_rows, 0).grid(*sizes).weight
     seen: Counter[tuple[int, ...]] = Counter()
@@ -62,7 +66,7 @@ def test_each_position_of_a_grid_is_drawn_equally_often(
     assert len(seen) == math.prod(sizes)
     assert set(seen.values()) == {1}
     images = Sampler(max_rows, 0).grid(*sizes).samples.every
-    if sizes[0] % images == 0:
+    if sizes[0] % images == 0 and len(sizes) > 2:
         assert len(counts) == 1  # positions alone never change the number of rows
 
 
@@ -90,6 +94,11 @@ def test_a_grid_spreads_over_images_and_positions() -> None:
     assert len({(p, q) for _, p, q in rows}) == POSITIONS_OF_AN_IMAGE
     # Few images give more positions each.
     assert len({(p, q) for _, p, q in drawn_from_grid(Sampler(128, 7).grid(2, 32, 32), (2, 32, 32))}) == 64  # fmt: skip  # noqa: E501
+
+
+def test_a_single_axis_of_prime_length_is_drawn_from_as_much_as_any_other() -> None:
+    draw = Sampler(256, 99).grid(16, 1499)
+    assert 240 <= len(drawn_from_grid(draw, (16, 1499))) <= 256
 
 
 def test_no_row_at_all_is_refused() -> None:

@@ -56,6 +56,9 @@ def test_rows_against_the_dense_sums(dtype: torch.dtype, weight: float | torch.T
     assert sketch["trace"].item() == pytest.approx(A.trace().item(), rel=1e-5)
     dense = encode_rows(SideSpec(12, 3, "diagonal", "dense"), rows, None, weight=weight)
     assert relative_error(dense["packed"], torch.tensor(triangle(A))) < 1e-5
+    alone = encode_rows(SideSpec(12, 0, "diagonal", "diagonal"), rows, None, weight=weight)
+    assert alone.keys() == {"diag"}
+    assert torch.equal(alone["diag"], sketch["diag"])
 
 
 def test_bf16_rows_under_autocast_are_summed_in_float32() -> None:
@@ -72,16 +75,17 @@ SIDES = [
     SideSpec(10, 3, "isotropic"),
     SideSpec(10, 4, "diagonal"),
     SideSpec(10, 10, "none", "dense"),
+    SideSpec(10, 0, "diagonal", "diagonal"),
 ]
 
 
 @pytest.mark.parametrize("side", SIDES)
 def test_statistics_add_over_micro_batches_and_ranks(side: SideSpec) -> None:
     rows = torch.randn(4, 30, 10, generator=generator(5), dtype=torch.float64)
-    Q = orthonormal(10, side.rank, seed=6)
+    Q = orthonormal(10, max(1, side.rank), seed=6)
     whole = encode_rows(side, rows.reshape(120, 10), Q)
     parts = [encode_rows(side, part, Q) for part in rows]
-    stacked = encode_rows(side, rows, Q.expand(4, 10, side.rank))
+    stacked = encode_rows(side, rows, Q.expand(4, 10, Q.shape[-1]))
     for name, tensor in whole.items():
         assert relative_error(torch.stack([p[name] for p in parts]).sum(0), tensor) < 1e-14
         assert relative_error(stacked[name].sum(0), tensor) < 1e-14
@@ -146,6 +150,37 @@ def test_guard_leaves_finite_statistics_alone_and_knows_its_names() -> None:
         guard_finite({"A.mean": torch.ones(3)})
 
 
+@pytest.mark.parametrize(
+    ("kind", "encoding", "bad"),
+    [
+        ("unitwise", "unit", "F.ww"),
+        ("unitwise", "unit", "F.wb"),
+        ("unitwise", "unit", "F.bb"),
+        ("diagonal", "diagonal", "F.diag"),
+        ("diagonal", "diagonal", "F.count"),
+    ],
+)
+def test_guard_sees_every_number_of_a_one_sided_statistic(
+    kind: str, encoding: str, bad: str
+) -> None:
+    spec = BlockSpec("norm", kind, (SideSpec(4, 0, "diagonal", encoding),), 0.9)
+    layout = KINDS[kind].statistic_layout(spec)
+    for value in (float("nan"), float("inf"), float("-inf")):
+        statistic = {name: t.clone() for name, t in layout.views(torch.ones(layout.size)).items()}
+        assert all(torch.equal(guard_finite(statistic)[n], t) for n, t in statistic.items())
+        statistic[bad].view(-1)[-1] = value
+        assert not layout.pack(guard_finite(statistic)).any()
+        batch = {n: torch.stack([t, torch.ones_like(t)]) for n, t in statistic.items()}
+        guarded = layout.pack(guard_finite(batch))
+        assert not guarded[0].any()
+        assert torch.equal(guarded[1], torch.ones(layout.size))
+
+
+def test_guard_sees_a_diagonal_that_has_no_trace() -> None:
+    statistic = {"A.diag": torch.tensor([1.0, float("inf")]), "A.count": torch.ones(())}
+    assert not guard_finite(statistic)["A.diag"].any()
+
+
 def test_wrong_shapes_are_named() -> None:
     side = SideSpec(6, 2)
     with pytest.raises(ShapeError, match="dim is 6"):
@@ -154,5 +189,7 @@ def test_wrong_shapes_are_named() -> None:
         encode_rows(side, torch.zeros(3, 6), None)
     with pytest.raises(ShapeError, match="product of shape"):
         encode_rows(side, torch.zeros(3, 6), None, product_Nr=torch.zeros(2, 2))
+    with pytest.raises(ShapeError, match="unit"):
+        encode_rows(SideSpec(6, 0, "diagonal", "unit"), torch.zeros(3, 6), None)
     with pytest.raises(ShapeError, match="layer"):
         encode_gradient(gradient_spec(), torch.zeros(7, 5), {})

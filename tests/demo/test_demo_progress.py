@@ -8,10 +8,11 @@ from pathlib import Path
 
 from rich.console import Console
 
-from distcurv.demo.display import Display, bytes_text, final_table
+from distcurv.demo.display import Display, final_table
 from distcurv.demo.progress import ProgressReader, ProgressWriter, Snapshot
 from distcurv.demo.report import summarise
 from distcurv.demo.settings import DemoSettings
+from distcurv.train.summary import bytes_text
 
 BASE = Snapshot(method="distcurv", step=10, loss=4.0, step_ms=2.0, t=1.0)
 RANK0 = dataclasses.replace(

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 from distributed_jobs import Results, Scenario, run_ranks
+from distributed_makers import SERVED_MAKERS
 from distributed_tasks import DOORS, EQUAL_STEPS, SAVED_AT, SAVED_SETTINGS
 
 from distcurv.launcher.supervisor import Supervisor
@@ -38,6 +39,18 @@ def shared_job(worker: Supervisor, tmp_path_factory: pytest.TempPathFactory) -> 
         Scenario(f"decided-{cores[0]}", 4, "decided_alike", {"cores": cores})
         for cores in ([5, 1, 9, 2], [4, 64, 64, 64])
     ]
+    scenarios += [Scenario("scheduled", 2, "scheduled", {"steps": 30})]
+    scenarios += [
+        Scenario(f"schedule-{setting}", 2, "other_schedule", {"setting": setting})
+        for setting in ("damping", "preconditioner_upd_interval", "short", "statistics_at")
+    ]
+    scenarios += [
+        Scenario(f"maker-{maker}-on-{n}", n, "served_maker", {"maker": maker})
+        for maker in SERVED_MAKERS
+        for n in (2, 1)
+    ]
+    group = {"maker": "shampoo", "group": True}
+    scenarios += [Scenario("maker-shampoo-group", 2, "served_maker", group)]
     for door in ("kfac", "soap"):
         scenarios += [
             Scenario(f"table-{door}", 4, "other_table", {"door": door}),

@@ -19,7 +19,11 @@ from unittest.mock import patch
 
 import torch
 import torch.distributed as dist
+from distributed_fsdp import FSDP_FUNCTIONS
 from distributed_links import DelayedLink, wrapped_links
+from distributed_loops import empty_batches, loop_row, overflowed_step
+from distributed_makers import MAKER_FUNCTIONS
+from distributed_schedules import SCHEDULE_FUNCTIONS
 from distributed_tasks import DOORS, Run, observed_all_accounted
 
 from distcurv import wiring
@@ -181,6 +185,12 @@ SCENARIOS: dict[str, Callable[..., Result]] = {
         other_endpoints,
         decided_alike,
         checkpointed,
+        loop_row,
+        overflowed_step,
+        empty_batches,
+        *FSDP_FUNCTIONS,
+        *SCHEDULE_FUNCTIONS,
+        *MAKER_FUNCTIONS,
     )
 }
 

@@ -9,13 +9,12 @@ from __future__ import annotations
 import pytest
 import torch
 from layer_cases import CASES, LayerCase, input_factor, input_rows, output_factor, output_rows
-from test_layer_statistics import assert_close, assert_statistic, random_basis
+from test_layer_statistics import assert_close, assert_statistic, layer_of, random_basis
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from distcurv.curvature.row_draw import Sampler
 from distcurv.curvature.spec import SideSpec, Tensors
-from distcurv.layers import LAYERS, find_layer
 from distcurv.layers.affine_rows import encode_affine_rows
 from distcurv.layers.layer import LayerIO, Rows
 
@@ -31,8 +30,7 @@ def statistic_of(rows: Rows, side: SideSpec, basis: Tensor, bias: bool) -> Tenso
 def made(case: LayerCase, bias: bool) -> tuple[nn.Module, LayerIO, Tensor, Tensor]:
     torch.manual_seed(0)
     module = case.make(bias)
-    layer = find_layer(module)
-    assert layer is not None
+    layer = layer_of(module)
     input = torch.randn(case.input_shape, dtype=torch.float64)
     return module, layer, input, torch.randn_like(module(input))
 
@@ -71,6 +69,10 @@ def test_the_average_over_all_draws_is_the_statistic_of_all(
     case: LayerCase, weight_sharing: str, max_rows: int, layout: str
 ) -> None:
     module, layer, input, grad = made(case, True)
+    expected = [
+        input_factor(input_rows(case, module, input, True), weight_sharing),
+        output_factor(output_rows(case, grad), weight_sharing),
+    ]
     if layout == "other":  # neither lies as its shape says; images: channels last
         input, grad = (t.transpose(0, -1).contiguous().transpose(0, -1) for t in (input, grad))
         if input.dim() == 4:
@@ -78,10 +80,6 @@ def test_the_average_over_all_draws_is_the_statistic_of_all(
     dims = layer.dims(module, True)
     sides = [SideSpec(dim, 2, "diagonal") for dim in dims]
     bases = [random_basis(dim, 2) for dim in dims]
-    expected = [
-        input_factor(input_rows(case, module, input, True), weight_sharing),
-        output_factor(output_rows(case, grad), weight_sharing),
-    ]
     totals: list[Tensors] = [{}, {}]
     draws = layer.input_rows(
         module, input, Sampler(max_rows, 0), weight_sharing=weight_sharing
@@ -93,10 +91,10 @@ def test_the_average_over_all_draws_is_the_statistic_of_all(
             layer.output_rows(module, grad, sampler, weight_sharing=weight_sharing),
         ]
         assert [rows.weight for rows in read] == [draws, draws]  # the same positions of both
-        for total, rows, side, basis, bias in zip(
-            totals, read, sides, bases, (True, False), strict=True
+        for total, rows, side, basis, bias, groups in zip(
+            totals, read, sides, bases, (True, False), (case.groups, 1), strict=True
         ):
-            assert 1 <= rows.rows_nd.shape[0] <= max_rows
+            assert groups <= rows.rows_nd.shape[0] <= groups * max_rows
             for name, value in statistic_of(rows, side, basis, bias).items():
                 total[name] = total.get(name, torch.zeros_like(value)) + value
     for total, basis, (factor, count) in zip(totals, bases, expected, strict=True):
@@ -137,7 +135,8 @@ class LargestMemory(TorchDispatchMode):
 
 
 def test_only_drawn_patches_of_drawn_images_are_formed() -> None:
-    module, layer = nn.Conv2d(4, 6, 5, padding=2), LAYERS[nn.Conv2d]
+    module = nn.Conv2d(4, 6, 5, padding=2)
+    layer = layer_of(module)
     x = torch.randn(64, 4, 16, 16)
     with LargestMemory() as largest:
         rows = layer.input_rows(module, x, Sampler(64, 1), weight_sharing="expand")
@@ -146,10 +145,11 @@ def test_only_drawn_patches_of_drawn_images_are_formed() -> None:
     assert largest.numbers == max(8 * 4 * 20 * 20, 64 * 100)
 
 
-@pytest.mark.parametrize("module_type", list(LAYERS), ids=lambda kind: kind.__name__)
+@pytest.mark.parametrize("module_type", list(CASES), ids=lambda kind: kind.__name__)
 def test_half_precision_rows_are_summed_in_float32(module_type: type[nn.Module]) -> None:
     case = CASES[module_type][-1]
-    module, layer = case.make(True).bfloat16(), LAYERS[module_type]
+    module = case.make(True).bfloat16()
+    layer = layer_of(module)
     input = torch.randn(case.input_shape, dtype=torch.bfloat16)
     dim = layer.dims(module, True)[0]
     side, basis = SideSpec(dim, 2), random_basis(dim, 2)

@@ -555,6 +555,14 @@ def test_complex_parameters_are_refused() -> None:
         soap([nn.Parameter(torch.zeros(3, 3, dtype=torch.complex64))])
 
 
+@pytest.mark.parametrize("source", ["gradient", "activations"])
+def test_parameters_without_numbers_are_refused(source: str) -> None:
+    with pytest.raises(ConfigError, match="parameter weight is lazy: run the model once before"):
+        soap(nn.LazyLinear(3), source=source)
+    with pytest.raises(ConfigError, match="on the device meta: give them memory"):
+        soap(nn.Linear(3, 3, device="meta"), source=source)
+
+
 def test_param_groups_cannot_come_later() -> None:
     with (
         soap(nn.Linear(3, 3)) as optimizer,

@@ -153,6 +153,40 @@ def test_what_does_not_count() -> None:
     assert harness.capture.finish() == frozenset()
 
 
+@pytest.mark.filterwarnings("ignore:Using backward:UserWarning")
+@pytest.mark.parametrize("last", ["plain", "create_graph", "none"])
+def test_a_gradient_penalty_counts_once_with_the_whole_losss_gradient(
+    last: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    model = make(TokenNet)
+    harness = Harness(model)
+    inputs, targets = batch(model, 5)
+    inputs.requires_grad_(True)
+
+    def loss(hidden: Tensor) -> tuple[Tensor, Tensor]:
+        output = model.head(hidden.tanh())
+        (slope,) = torch.autograd.grad(output.square().sum(), inputs, create_graph=True)
+        return output, cross_entropy("mean")(output, targets) + slope.square().mean()
+
+    with harness.capture.armed(harness.bases, harness.sink):
+        _, whole = loss(model.first(inputs))
+        if last != "none":
+            whole.backward(create_graph=last == "create_graph")
+    if last != "plain":
+        assert not harness.totals
+        assert "create_graph=True" in caplog.text
+        return
+    assert not caplog.text
+    hidden = model.first(inputs)
+    output, whole = loss(hidden)
+    for name, g in zip(
+        ("first", "head"), torch.autograd.grad(whole, [hidden, output]), strict=True
+    ):
+        rows = 5 * g.flatten(0, -2)
+        harness.assert_factor(name, "G", rows.T @ rows / 5, FLOAT32)
+    assert harness.deliveries == {"first": 1, "head": 1}
+
+
 def test_a_backward_after_disarm_or_in_the_next_arming_does_not_count() -> None:
     model = make(TokenNet)
     inputs, targets = batch(model, 5)
@@ -168,7 +202,7 @@ def test_a_backward_after_disarm_or_in_the_next_arming_does_not_count() -> None:
     assert not harness.totals
 
 
-def test_a_module_that_runs_twice_counts_both_runs() -> None:
+def test_the_runs_of_a_module_that_runs_twice_are_positions_of_the_same_samples() -> None:
     class Twice(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -189,9 +223,9 @@ def test_a_module_that_runs_twice_counts_both_runs() -> None:
     ones = torch.ones(4, 1, dtype=torch.float64)
     a = torch.cat([torch.cat([x, ones], 1), torch.cat([hidden, ones], 1)])
     g = torch.cat(grads)
-    assert harness.deliveries == {"shared": 2}
+    assert harness.deliveries == {"shared": 1}
     harness.assert_factor("shared", "A", a.T @ a / 8, FLOAT32)
-    harness.assert_factor("shared", "G", g.T @ g / 8, FLOAT32)
+    harness.assert_factor("shared", "G", g.T @ g / 4, FLOAT32)
 
 
 def test_in_place_operations_through_a_view_do_not_change_what_is_seen() -> None:
@@ -426,11 +460,21 @@ def test_inputs_without_a_batch_dimension_are_refused() -> None:
         model(torch.randn(3))
 
 
+def test_nested_tensors_are_refused() -> None:
+    model = nn.Sequential(nn.Linear(3, 2))
+    harness = Harness(model)
+    parts = [torch.randn(2, 3), torch.randn(4, 3)]
+    nested = torch.nested.nested_tensor(parts, layout=torch.jagged)
+    refused = pytest.raises(CaptureError, match="block '0' got a nested tensor")
+    with harness.capture.armed(harness.bases, harness.sink), refused:
+        model(nested)
+
+
 def test_bad_settings_are_refused_at_once() -> None:
     model = make(TokenNet)
     for settings in (
         {"loss_reduction": "none"},
-        {"fisher_type": "exact"},
+        {"fisher_type": "ggn"},
         {"weight_sharing": "both"},
         {"accumulation": 0},
     ):
@@ -441,6 +485,3 @@ def test_bad_settings_are_refused_at_once() -> None:
     spec = harness.specs["first"]
     with pytest.raises(ShapeError, match=r"'head'.*dimensions"):
         type(harness.capture)({"head": (block.module, block.layer, spec)})
-    both = (block.module, block.layer, harness.specs["head"])
-    with pytest.raises(ConfigError, match="same module"):
-        type(harness.capture)({"one": both, "two": both})

@@ -21,6 +21,7 @@ SHARED: list[tuple[str, list[Any], str]] = [
     ("early_interval", [0, -2, None, "5"], INTEGER),
     ("max_owners", [0, -1, 2.0], INTEGER),
     ("curvature_upd_interval", [0, -1, 21, 1.5, True], "from 1 to preconditioner_upd_interval"),
+    ("statistics_at", [3, True, "always"], "give None or a function of the step"),
     ("early_steps", [-1, 1.5, "all", True], OPTIONAL),
     ("install_delay", [-1, 0.5, "none"], OPTIONAL),
     ("max_staleness", [-1, INF], OPTIONAL),
@@ -41,8 +42,10 @@ KFAC: list[tuple[str, list[Any], str]] = [
     ("tail_out", ["full", 1], "use one of none, isotropic, diagonal"),
     ("kl_clip", [0, -1, NAN, "auto"], "give None or a number > 0"),
     ("lr", [0, -1, INF], "give None or a number > 0"),
-    ("fisher_type", ["exact", "MC", None], "use one of empirical, mc"),
+    ("fisher_type", ["ggn", "MC", None], "use one of empirical, mc, exact"),
     ("loss_reduction", ["none", None], "use one of mean, sum"),
+    ("graft", [1, None, "norm"], "give True or False"),
+    ("overrides", [3, "head", {"head": {}}], "give a list of"),
     ("accumulation", [0, -1, 1.5, None, True], "give an integer >= 1"),
     ("weight_sharing", ["both", None], "use one of expand, reduce"),
 ]
@@ -72,7 +75,7 @@ def test_a_bad_value_names_field_value_and_remedy(
 
 
 # Settings that are no single number or word: checked by other tests, or any value is good.
-UNCHECKED = {"check_replicas", "graft", "ignore_modules"}
+UNCHECKED = {"check_replicas", "ignore_modules"}
 
 
 @pytest.mark.parametrize("cls", [ServiceConfig, SoapConfig, KfacConfig])

@@ -71,6 +71,21 @@ def test_costs_are_linear_in_blocks_operations_and_bytes() -> None:
     assert worker_seconds([spec, other], calibration) == pytest.approx(sent)
 
 
+def test_a_factor_without_a_basis_costs_no_products() -> None:
+    counts = SideSpec(1000, 0, "diagonal", "diagonal")
+    sketched = SideSpec(10, 2)
+    embedding = BlockSpec("e", "lowrank", (counts, sketched), 0.9)
+    assert refresh_operations(embedding) == 37 * 10 * 4 + 180 * 8
+    # diag and count, Y, trace and count, steps; then tail, trace, weight, and those of G.
+    assert exchanged_bytes(embedding) == 4 * (1001 + 22 + 1 + 1002 + 25)
+    norm = BlockSpec("n", "unitwise", (SideSpec(64, 0, "diagonal", "unit"),), 0.9)
+    assert refresh_operations(norm) == 0
+    assert exchanged_bytes(norm) == 4 * (3 * 64 + 2 + 3 * 64 + 1)
+    # A kind that no calibration names is priced like dense, by blocks and bytes.
+    only_dense = dataclasses.replace(FLAT, inline={"dense": Rates(1.0, 5.0, 2.0)})
+    assert inline_seconds([norm], only_dense) == 1.0 + 2.0 * exchanged_bytes(norm)
+
+
 def test_a_worker_must_save_enough_per_step() -> None:
     # Two blocks save 1 s a window: 0.1 s a step at T = 10, less at T = 11.
     assert choose(load_of(blocks(2), 10), [1], FLAT).place == WORKER

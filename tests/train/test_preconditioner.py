@@ -261,14 +261,44 @@ def test_a_layer_without_gradient_in_a_step_is_skipped() -> None:
         assert model.first.weight.grad is None
 
 
-def test_unsupported_modules_are_named_once_and_left_to_the_optimizer(
+@pytest.mark.parametrize("kind", ["lowrank", "dense"])
+def test_a_branch_that_comes_into_use_late_is_left_alone_until_its_first_statistic(
+    kind: str,
+) -> None:
+    """Its versions are of no statistic: the inverse of the damping alone would be 1000 times."""
+
+    class Branches(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.always, self.late = nn.Linear(4, 2), nn.Linear(4, 2)
+            self.norm, self.gain = nn.LayerNorm(4), nn.Parameter(torch.ones(4))
+
+        def forward(self, x: Tensor, late: bool) -> Tensor:
+            return self.always(x) + (self.late(self.norm(x) * self.gain) if late else 0)
+
+    torch.manual_seed(0)
+    model = Branches()
+    settings = {"preconditioner_upd_interval": 4, "curvature_upd_interval": 4, "early_steps": 6}
+    config = KfacConfig(kind=kind, damping=1e-3, rank=4, **settings)
+    with Preconditioner(model, config, workers="inline") as precond:
+        for step in range(22):
+            model.zero_grad()
+            model(torch.randn(6, 4), late=step == 21).square().mean().backward()
+            before = {name: p.grad.clone() for name, p in model.named_parameters() if step == 21}  # type: ignore[union-attr]
+            precond.step()
+        assert precond.metrics()["version"] > 1
+    for name, p in model.named_parameters():
+        assert p.grad is not None
+        assert torch.allclose(p.grad, before[name], rtol=1e-5) == (not name.startswith("always"))
+
+
+def test_what_is_left_out_is_named_once_and_left_to_the_optimizer(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    model = nn.Sequential(
-        nn.Conv2d(2, 4, 3, groups=2), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(64, 4)
-    )
+    model = nn.Sequential(nn.Conv2d(2, 4, 3), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(64, 4))
     caplog.set_level(logging.INFO, "distcurv.train")
-    with kfac(model) as precond:
+    out: dict[str, Any] = {"ignore_modules": ("0",), "overrides": [("1", {"precondition": False})]}
+    with kfac(model, **out) as precond:
         for _ in range(3):
             model.zero_grad()
             model(torch.randn(5, 2, 6, 6)).square().mean().backward()
@@ -281,8 +311,8 @@ def test_unsupported_modules_are_named_once_and_left_to_the_optimizer(
             assert torch.equal(a, b)
     lines = [r.getMessage() for r in caplog.records if "left to the base" in r.getMessage()]
     assert len(lines) == 1
-    assert "0 (Conv2d: " in lines[0]
-    assert "1 (no layer is registered for BatchNorm2d)" in lines[0]
+    assert "0 (ignored by ignore_modules)" in lines[0]
+    assert "1 (left out by KfacConfig.overrides)" in lines[0]
 
 
 def test_ignored_modules_are_left_alone() -> None:
@@ -292,9 +322,9 @@ def test_ignored_modules_are_left_alone() -> None:
 
 def test_a_model_with_nothing_to_precondition_is_refused_with_reasons() -> None:
     with pytest.raises(
-        ConfigError, match=r"no layer that can be preconditioned; left out: .*Batch"
+        ConfigError, match=r"no layer that can be preconditioned; left out: 0 \(ignored"
     ):
-        kfac(nn.Sequential(nn.BatchNorm1d(3)))
+        kfac(nn.Sequential(nn.BatchNorm1d(3)), ignore_modules=(nn.BatchNorm1d,))
 
 
 # -- mc -----------------------------------------------------------------------------------

@@ -64,3 +64,18 @@ def test_samples_that_are_not_finite_are_counted() -> None:
             precond.step()
         assert precond.metrics()["statistics_nonfinite"] == 2  # two layers, one step
         assert all(bool(torch.isfinite(p.grad).all()) for p in model.parameters())
+
+
+@pytest.mark.parametrize(
+    ("model", "text"),
+    [
+        ([nn.Linear(2, 2)], "model is a list: give the torch.nn.Module itself"),
+        (nn.Linear(2, 2).requires_grad_(False), "none of its parameters is trained"),
+        (nn.Linear(2, 2, device="meta"), "on the device meta: give them memory first"),
+        (nn.LazyLinear(2), "it is lazy: run the model once before"),
+    ],
+    ids=["list", "frozen", "meta", "lazy"],
+)
+def test_what_is_no_model_to_train_is_refused_with_the_reason(model: nn.Module, text: str) -> None:
+    with pytest.raises(ConfigError, match=text):
+        Preconditioner(model, KfacConfig(), workers="inline")

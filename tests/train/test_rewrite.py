@@ -85,7 +85,7 @@ def test_all_gradients_in_place(grouped: bool, rule: dict[str, Any]) -> None:
             assert total > 1e-2
             wanted = {b: w * (1e-2 / total) ** 0.5 for b, w in wanted.items()}
         places = {b: storage(grad) for b, grad in grads.items()}
-        rewriter.rewrite(grads, INSTALLED, 0.1, lr)
+        rewriter.rewrite(grads, INSTALLED, [0.1] * 4, lr)
         for b in present:
             assert relative_error(grads[b].whole(), wanted[b]) < 1e-5
             assert storage(grads[b]) == places[b]
@@ -100,7 +100,7 @@ def test_other_dtypes_are_worked_on_in_float32(
 ) -> None:
     grads = {b: gradient(own, BIASES[b], b, dtype=dtype) for b, own in enumerate(SPECS)}
     wanted = {b: expected(SPECS[b], INSTALLED[b], grad, 0.1) for b, grad in grads.items()}
-    Rewriter(SPECS, KfacConfig(), CPU, grouped).rewrite(grads, INSTALLED, 0.1, None)
+    Rewriter(SPECS, KfacConfig(), CPU, grouped).rewrite(grads, INSTALLED, [0.1] * 4, None)
     for b, grad in grads.items():
         assert grad.weight_OD.dtype == dtype
         assert relative_error(grad.whole(), wanted[b]) < tolerance
@@ -113,7 +113,7 @@ def test_rows_that_are_not_contiguous(grouped: bool) -> None:
         grad = gradient(own, BIASES[b], b)
         grads[b] = AffineGradient(grad.weight_OD.T.contiguous().T, grad.bias_O)
     wanted = {b: expected(SPECS[b], INSTALLED[b], grad, 0.1) for b, grad in grads.items()}
-    Rewriter(SPECS, KfacConfig(), CPU, grouped).rewrite(grads, INSTALLED, 0.1, None)
+    Rewriter(SPECS, KfacConfig(), CPU, grouped).rewrite(grads, INSTALLED, [0.1] * 4, None)
     for b, grad in grads.items():
         assert relative_error(grad.whole(), wanted[b]) < 1e-5
 
@@ -133,7 +133,7 @@ def test_parts_of_one_bucket_are_written_where_they_are(grouped: bool) -> None:
         position += numbers[b]
     wanted = [expected(SPECS[b], INSTALLED[b], grad, 0.1) for b, grad in grads.items()]
     first = bucket[0].clone()
-    Rewriter(SPECS, KfacConfig(), CPU, grouped).rewrite(grads, INSTALLED, 0.1, None)
+    Rewriter(SPECS, KfacConfig(), CPU, grouped).rewrite(grads, INSTALLED, [0.1] * 4, None)
     assert bucket[0] == first
     position = 1
     for b, direction in enumerate(wanted):
@@ -154,7 +154,7 @@ def test_what_is_kept_follows_installs_and_damping(grouped: bool) -> None:
             installed[block] = install(block, SPECS[block], seed=50 + change, version=2)
         grads = {b: gradient(own, BIASES[b], b) for b, own in enumerate(SPECS)}
         wanted = {b: expected(SPECS[b], installed[b], grads[b], damping) for b in grads}
-        rewriter.rewrite(grads, installed, damping, None)
+        rewriter.rewrite(grads, installed, [damping] * 4, None)
         for b, grad in grads.items():
             assert relative_error(grad.whole(), wanted[b]) < 1e-5
 
@@ -171,11 +171,11 @@ def test_inverses_are_made_once_for_a_version(monkeypatch: pytest.MonkeyPatch) -
     rewriter = Rewriter(SPECS, KfacConfig(), CPU, grouped=False)
     for damping in (0.1, 0.1, 0.1, 0.2, 0.2):
         grads = {b: gradient(own, BIASES[b], b) for b, own in enumerate(SPECS)}
-        rewriter.rewrite(grads, INSTALLED, damping, None)
+        rewriter.rewrite(grads, INSTALLED, [damping] * 4, None)
     assert len(calls) == 2 * len(SPECS)
     grouped = Rewriter(SPECS, KfacConfig(), CPU, grouped=True)
     grouped.rewrite(
-        {b: gradient(own, BIASES[b], b) for b, own in enumerate(SPECS)}, INSTALLED, 0.1, None
+        {b: gradient(own, BIASES[b], b) for b, own in enumerate(SPECS)}, INSTALLED, [0.1] * 4, None
     )
     assert len(calls) == 2 * len(SPECS) + 2  # a group of three, and one alone
 
@@ -194,7 +194,7 @@ def test_the_dense_kind(graft: bool, grouped: bool) -> None:
     wanted = {b: expected(specs[b], installed[b], grad, 0.1) for b, grad in grads.items()}
     before = {b: grad.whole() for b, grad in grads.items()}
     config = KfacConfig(kind="dense", graft=graft)
-    Rewriter(specs, config, CPU, grouped).rewrite(grads, installed, 0.1, None)
+    Rewriter(specs, config, CPU, grouped).rewrite(grads, installed, [0.1] * 2, None)
     for b, grad in grads.items():
         scale = before[b].norm() / wanted[b].norm() if graft else 1.0
         assert relative_error(grad.whole(), wanted[b] * scale) < 1e-5
@@ -202,14 +202,18 @@ def test_the_dense_kind(graft: bool, grouped: bool) -> None:
 
 def test_groups_are_small_blocks_of_one_shape_up_to_a_size(monkeypatch: pytest.MonkeyPatch) -> None:
     specs = [*SPECS, spec("large", 7, 8), spec("large too", 7, 8), spec("e", 6, 8)]
-    assert rewrite._groups(specs, False) == [[0], [1], [2], [3], [4], [5], [6]]
-    assert rewrite._groups(specs, True) == [[0, 2, 3, 6], [1], [4, 5]]
+
+    def groups(grouped: bool) -> list[list[int]]:
+        return rewrite._groups(specs, [False] * len(specs), grouped)
+
+    assert groups(False) == [[0], [1], [2], [3], [4], [5], [6]]
+    assert groups(True) == [[0, 2, 3, 6], [1], [4, 5]]
     monkeypatch.setattr(rewrite, "MOST_NUMBERS_IN_BLOCK", 6 * 8)
-    assert rewrite._groups(specs, True) == [[0, 2, 3, 6], [1], [4], [5]]
+    assert groups(True) == [[0, 2, 3, 6], [1], [4], [5]]
     monkeypatch.setattr(rewrite, "MOST_NUMBERS_IN_GROUP", 3 * 6 * 8)
-    assert rewrite._groups(specs, True) == [[0, 2, 3], [1], [4], [5], [6]]
+    assert groups(True) == [[0, 2, 3], [1], [4], [5], [6]]
 
 
 def test_nothing_to_rewrite() -> None:
     for rule in ({}, {"graft": True}, {"kl_clip": 0.1}):
-        Rewriter(SPECS, KfacConfig(**rule), CPU).rewrite({}, INSTALLED, 0.1, 1.0)  # type: ignore[arg-type]
+        Rewriter(SPECS, KfacConfig(**rule), CPU).rewrite({}, INSTALLED, [0.1] * 4, 1.0)  # type: ignore[arg-type]

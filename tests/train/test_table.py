@@ -47,6 +47,16 @@ def test_cost_is_linear_in_width_for_low_rank_and_cubic_for_dense() -> None:
     assert refresh_cost(BlockSpec("w", "dense", sides, 0.9)) == 1000 + 125
 
 
+def test_cost_is_the_dimension_where_there_is_no_basis() -> None:
+    counts = SideSpec(1000, 0, "diagonal", "diagonal")
+    dense = SideSpec(10, 10, "none", "dense")
+    assert refresh_cost(BlockSpec("w", "lowrank", (counts, SideSpec(10, 4)), 0.9)) == 1000 + 160
+    assert refresh_cost(BlockSpec("w", "dense", (counts, dense), 0.9)) == 1000 + 1000
+    assert refresh_cost(BlockSpec("w", "diagonal", (counts,), 0.9)) == 1000
+    unit = SideSpec(64, 0, "diagonal", "unit")
+    assert refresh_cost(BlockSpec("w", "unitwise", (unit,), 0.9)) == 64
+
+
 @pytest.mark.parametrize(
     ("nodes", "max_owners", "owners"),
     [
@@ -89,13 +99,19 @@ def changed_specs() -> list[BlockSpec]:
     others = [dataclasses.replace(base, sides=(s, base.sides[1])) for s in sides]
     others += [dataclasses.replace(base, sides=base.sides[::-1])]
     others += [dataclasses.replace(base, sides=base.sides[:1])]
+    dense = tuple(SideSpec(s.dim, s.dim, "none", "dense") for s in base.sides)
     others += [
         dataclasses.replace(base, name="other"),
         dataclasses.replace(base, decay=0.8),
         dataclasses.replace(base, damping=1.0),
         dataclasses.replace(base, relative_damping=True),
+        BlockSpec(base.name, "shampoo", dense, base.decay),
+        BlockSpec(base.name, "shampoo", dense, base.decay, power=0.5),
+        *(
+            BlockSpec(base.name, "unit_rows", (dataclasses.replace(dense[0], units=n),), base.decay)
+            for n in (1, 2)
+        ),
     ]
-    dense = tuple(SideSpec(s.dim, s.dim, "none", "dense") for s in base.sides)
     return [*others, BlockSpec(base.name, "dense", dense, base.decay)]
 
 
@@ -108,9 +124,11 @@ def test_the_digest_changes_with_every_field() -> None:
 def test_every_field_of_a_spec_is_in_the_test_above() -> None:
     """A new field needs a line in `changed_specs`."""
     assert {f.name for f in dataclasses.fields(BlockSpec)} == {
-        *("name", "kind", "sides", "decay", "damping", "relative_damping")
+        *("name", "kind", "sides", "decay", "damping", "relative_damping", "power")
     }
-    assert {f.name for f in dataclasses.fields(SideSpec)} == {"dim", "rank", "tail", "encoding"}
+    assert {f.name for f in dataclasses.fields(SideSpec)} == {
+        *("dim", "rank", "tail", "encoding", "units")
+    }
 
 
 def test_the_digest_changes_with_order_and_owners() -> None:

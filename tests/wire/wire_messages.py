@@ -26,7 +26,7 @@ from distcurv.wire.messages import (
 
 LIMITS = checks.Limits(entries=100, header_bytes=100_000, payload_bytes=100_000)
 SESSION = bytes(range(16))
-SIDE = {"dim": 65, "rank": 16, "tail": "isotropic", "encoding": "sketch"}
+SIDE = {"dim": 65, "rank": 16, "tail": "isotropic", "encoding": "sketch", "units": 1}
 BLOCK = {
     "name": "encoder.0",
     "kind": "kfac",
@@ -34,6 +34,7 @@ BLOCK = {
     "decay": 0.95,
     "damping": 1e-3,
     "relative_damping": False,
+    "power": 0.25,
 }
 
 SAMPLES: dict[str, Message] = {

@@ -9,7 +9,15 @@ import pytest
 import torch
 from torch import Tensor
 from worker_fakes import FAILS, INFINITE, FakeKind, fake_spec, flat
-from worker_owner import DEADLINE_S, DENSE, LOWRANK, refresh_directly, start_flat, statistic_flat
+from worker_owner import (
+    DEADLINE_S,
+    DENSE,
+    EVERY_KIND,
+    LOWRANK,
+    refresh_directly,
+    start_flat,
+    statistic_flat,
+)
 
 from distcurv.curvature.kinds import KINDS
 from distcurv.curvature.spec import BlockSpec
@@ -17,7 +25,7 @@ from distcurv.errors import ConfigError
 from distcurv.worker.compute import Computer, ComputeThread
 from distcurv.worker.jobs import Failed, Folded, Item, Job
 
-SPECS = pytest.mark.parametrize("spec", [LOWRANK, DENSE], ids=lambda spec: spec.kind)
+SPECS = pytest.mark.parametrize("spec", EVERY_KIND, ids=lambda spec: spec.name)
 
 
 def unaligned(tensor: Tensor) -> Tensor:

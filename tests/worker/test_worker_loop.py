@@ -13,8 +13,7 @@ import zmq
 from worker_fakes import FakeKind, fake_spec, flat
 from worker_owner import (
     DEADLINE_S,
-    DENSE,
-    LOWRANK,
+    EVERY_KIND,
     Events,
     Owner,
     refresh_directly,
@@ -113,9 +112,9 @@ def test_versions_over_a_link_equal_the_kinds_called_directly(start, join) -> No
     specs = [
         dataclasses.replace(spec, name=f"{spec.name}{copy}")
         for copy in range(2)
-        for spec in (LOWRANK, DENSE)
+        for spec in EVERY_KIND
     ]
-    groups = [[0, 2], [1, 3]]
+    groups = [[first, first + len(EVERY_KIND)] for first in range(len(EVERY_KIND))]
     owner = join(start())
     assert owner.open(specs).device == "cpu"
     newest = {block: start_flat(spec) for block, spec in enumerate(specs)}

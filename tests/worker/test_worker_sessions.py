@@ -24,6 +24,7 @@ from worker_fakes import (
 from distcurv.curvature.spec import BlockSpec, SideSpec
 from distcurv.errors import ProtocolError
 from distcurv.wire.messages import (
+    PROTOCOL,
     Ack,
     Error,
     Goodbye,
@@ -151,7 +152,7 @@ def test_owners_with_different_tables_are_refused(script: Script) -> None:
 
 
 def test_another_protocol_version_is_refused(script: Script) -> None:
-    assert codes(script.say(A, hello(SPECS, session=SID, protocol=2))) == ["protocol"]
+    assert codes(script.say(A, hello(SPECS, session=SID, protocol=PROTOCOL + 1))) == ["protocol"]
 
 
 def test_invalid_bytes_end_the_session_of_their_peer_only(script: Script) -> None:
@@ -175,6 +176,8 @@ def test_messages_that_are_not_for_a_worker_are_refused(script: Script) -> None:
 
 
 FIELDS = fake_spec("x").to_fields()
+UNIT = {"dim": 3, "rank": 0, "tail": "diagonal", "encoding": "unit", "units": 1}
+ROWS = {"dim": 3, "rank": 3, "tail": "none", "encoding": "dense", "units": 2}
 HUGE = BlockSpec("huge", "lowrank", (SideSpec(2**20, 1024), SideSpec(2**20, 1024)), 0.5).to_fields()
 
 
@@ -189,7 +192,10 @@ HUGE = BlockSpec("huge", "lowrank", (SideSpec(2**20, 1024), SideSpec(2**20, 1024
         ([{"name": "x"}], "bad_table"),
         ([{**FIELDS, "extra": 1}], "bad_table"),
         ([{**FIELDS, "name": 3}], "bad_table"),
-        ([{**FIELDS, "decay": 1.0}], "bad_table"),
+        ([{**FIELDS, "decay": 1.1}], "bad_table"),
+        ([{**FIELDS, "power": 0.0}], "bad_table"),
+        ([{**FIELDS, "power": "half"}], "bad_table"),
+        ([{**FIELDS, "kind": "lowrank", "power": 0.5}], "bad_table"),
         ([{**FIELDS, "decay": float("nan")}], "bad_table"),
         ([{**FIELDS, "damping": -1.0}], "bad_table"),
         ([{**FIELDS, "damping": True}], "bad_table"),
@@ -197,12 +203,34 @@ HUGE = BlockSpec("huge", "lowrank", (SideSpec(2**20, 1024), SideSpec(2**20, 1024
         ([{**FIELDS, "sides": []}], "bad_table"),
         ([{**FIELDS, "sides": "A"}], "bad_table"),
         ([{**FIELDS, "sides": [3]}], "bad_table"),
-        ([{**FIELDS, "sides": FIELDS["sides"] * 3}], "bad_table"),
+        ([{**FIELDS, "sides": FIELDS["sides"] * 9}], "bad_table"),
         ([{**FIELDS, "sides": [{**FIELDS["sides"][0], "rank": 4}]}], "bad_table"),
         ([{**FIELDS, "sides": [{**FIELDS["sides"][0], "dim": 0}]}], "bad_table"),
         ([{**FIELDS, "sides": [{**FIELDS["sides"][0], "dim": 2.0}]}], "bad_table"),
         ([{**FIELDS, "sides": [{**FIELDS["sides"][0], "tail": "curly"}]}], "bad_table"),
         ([{**FIELDS, "kind": "dense"}], "bad_table"),  # dense needs the dense encoding
+        ([{**FIELDS, "sides": [{**FIELDS["sides"][0], "rank": 0}]}], "bad_table"),
+        ([{**FIELDS, "sides": [{**UNIT, "rank": 1}]}], "bad_table"),
+        ([{**FIELDS, "kind": "unitwise", "sides": [UNIT, UNIT]}], "bad_table"),
+        ([{**FIELDS, "kind": "diagonal", "sides": [UNIT]}], "bad_table"),
+        ([{**FIELDS, "kind": "unitwise"}], "bad_table"),
+        ([{**FIELDS, "kind": "lowrank", "sides": [UNIT]}], "bad_table"),
+        ([{**FIELDS, "kind": "unit_rows", "sides": [{**ROWS, "units": 0}]}], "bad_table"),
+        ([{**FIELDS, "kind": "unit_rows", "sides": [{**UNIT, "units": 2}]}], "bad_table"),
+        ([{**FIELDS, "kind": "unit_rows", "sides": [{**ROWS, "units": 2**40}]}], "too_large"),
+        (
+            [
+                {
+                    **FIELDS,
+                    "kind": "unit_rows",
+                    "sides": [{**ROWS, "dim": 2**12, "rank": 2**12, "units": 2**12}],
+                }
+            ],
+            "too_large",
+        ),
+        ([{**FIELDS, "kind": "unit_rows", "sides": [ROWS, ROWS]}], "bad_table"),
+        ([{**FIELDS, "kind": "layer_wise", "sides": [ROWS]}], "bad_table"),
+        ([{**FIELDS, "kind": "kfe", "sides": [{**ROWS, "units": 1}]}], "bad_table"),
     ],
 )
 def test_block_tables_that_are_refused(script: Script, entries, code: str) -> None:

@@ -41,6 +41,33 @@ DENSE = BlockSpec(
     damping=1e-2,
     relative_damping=True,
 )
+# An embedding's input side, a parameter on its own, and a normalisation layer.
+EMBEDDING = BlockSpec(
+    "embedding",
+    "lowrank",
+    (SideSpec(11, 0, "diagonal", "diagonal"), SideSpec(9, 3, tail="diagonal")),
+    decay=0.9,
+)
+DIAGONAL = BlockSpec("scale", "diagonal", (SideSpec(8, 0, "diagonal", "diagonal"),), decay=0.9)
+UNITWISE = BlockSpec("norm", "unitwise", (SideSpec(6, 0, "diagonal", "unit"),), decay=0.9)
+# A convolution's weight, whose statistics are summed.
+SHAMPOO = BlockSpec(
+    "shampoo",
+    "shampoo",
+    tuple(SideSpec(dim, dim, "none", "dense") for dim in (6, 4, 3)),
+    decay=1.0,
+    damping=1e-2,
+    power=1 / 6,
+)
+# Of small layers: matrices of per-sample gradients, and second moments in an eigenbasis.
+FISHER = [
+    BlockSpec(kind, kind, (SideSpec(6, 6, "none", "dense", units),), decay=0.9, damping=1e-2)
+    for kind, units in (("layer_wise", 1), ("unit_rows", 3), ("full", 1))
+]
+KFE = BlockSpec(
+    "kfe", "kfe", tuple(SideSpec(dim, dim, "none", "dense") for dim in (6, 4)), decay=0.9
+)
+EVERY_KIND = (LOWRANK, DENSE, EMBEDDING, DIAGONAL, UNITWISE, SHAMPOO, *FISHER, KFE)
 
 
 def start_flat(spec: BlockSpec) -> Tensor:
@@ -57,9 +84,23 @@ def statistic_flat(spec: BlockSpec, basis_flat: Tensor, seed: int) -> Tensor:
     statistic = {"steps": torch.ones(())}
     for name, side in spec.named_sides():
         rows = torch.randn(40, side.dim, generator=generator)
-        for key, value in encode_rows(side, rows, basis.get(f"{name}.U")).items():
+        if side.encoding == "unit":
+            biases = torch.randn(40, side.dim, generator=generator)
+            encoded = {"ww": rows * rows, "wb": rows * biases, "bb": biases * biases}
+            encoded = {key: products.sum(0) for key, products in encoded.items()}
+        elif side.units > 1:
+            draws = [torch.randn(40, side.dim, generator=generator) for _ in range(side.units)]
+            parts = [encode_rows(side, own, None)["packed"] for own in draws]
+            encoded = {"packed": torch.cat(parts)}
+        else:
+            encoded = encode_rows(side, rows, basis.get(f"{name}.U"))
+        for key, value in encoded.items():
             statistic[f"{name}.{key}"] = value
         statistic[f"{name}.count"] = torch.tensor(40.0)
+    if spec.kind == "kfe":
+        statistic["S.squares"] = torch.rand(
+            spec.sides[1].dim, spec.sides[0].dim, generator=generator
+        )
     return kind.statistic_layout(spec).pack(statistic)
 
 

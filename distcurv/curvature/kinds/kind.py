@@ -11,6 +11,7 @@ from typing import NamedTuple, Protocol
 from torch import Tensor
 
 from distcurv.curvature.inverse import Inverse
+from distcurv.curvature.one_sided import OneSidedInverse, WholeInverse
 from distcurv.curvature.spec import BlockSpec, Layout, Tensors
 
 
@@ -20,8 +21,9 @@ class Refreshed(NamedTuple):
     ``state`` is what the worker keeps, ``published`` what the ranks install (both [B, ...] by
     name); they may share memory with each other and with what the refresh was given, so none of
     it is to be changed in place.  ``uncaptured`` [B] is the largest 1 - sum(lambda)/trace over the
-    sides (0 for dense kinds); ``innovation`` [B] is ||Y - A_old Q|| / ||Y||, largest over the
-    sides, or -1 where there was no estimate before.
+    sides (0 where nothing is approximated); ``innovation`` [B] is ||Y - A_old Q|| / ||Y|| (for
+    statistics taken against no basis ||mean - old|| / ||mean||), largest over the sides, or -1
+    where there was no estimate before.
     """
 
     state: Tensors
@@ -38,17 +40,28 @@ class Kind(Protocol):
     def statistic_layout(self, spec: BlockSpec) -> Layout:
         """Names and shapes of a statistic, summed over samples, steps and ranks.
 
-        Per side ``s`` (A, G), encoding sketch: ``s.Y`` (d, r), ``s.diag`` (d, only where the
-        tail is diagonal), ``s.trace`` (), ``s.count`` (); encoding dense: ``s.packed``
-        (d(d+1)/2, upper triangle by rows), ``s.count`` ().  Per block: ``steps`` ()."""
+        Per side ``s`` (A and G, or F where there is one), encoding sketch: ``s.Y`` (d, r),
+        ``s.diag`` (d, only where the tail is diagonal), ``s.trace`` (), ``s.count`` (); encoding
+        dense: ``s.packed`` (d(d+1)/2, upper triangle by rows; of several units one after the
+        other), ``s.count`` (); encoding diagonal:
+        ``s.diag`` (d), ``s.count`` (); encoding unit: ``s.ww``, ``s.wb``, ``s.bb`` (d each),
+        ``s.count`` ().  Per block: ``steps`` (), and for kfe ``S.squares`` (d of G, d of A), of as
+        many samples as G counts.  Of a tensor's sides ``s`` is M0, M1, ...
+
+        Raises `ShapeError` for sides that the kind does not take; so does `published_layout`."""
         ...
 
     def published_layout(self, spec: BlockSpec) -> Layout:
         """Names and shapes of a preconditioner.
 
         Low rank, per side: ``s.U`` (d, r), ``s.lam`` (r), ``s.tail`` ((1,) isotropic, (d,)
-        diagonal, absent for none), ``s.trace`` (), ``s.weight`` ().  Dense, per side:
-        ``s.inverse`` (packed), ``s.trace`` (), ``s.damping`` (), ``s.weight`` ()."""
+        diagonal, absent for none), ``s.trace`` (), ``s.weight`` (); no U and lam where the
+        encoding is diagonal.  Dense, per side: ``s.inverse`` (packed, or (d) where the encoding is
+        diagonal), ``s.trace`` (), ``s.damping`` (), ``s.weight`` ().  Diagonal: ``F.diag`` (d),
+        ``F.weight`` ().  Unitwise: ``F.ww``, ``F.wb``, ``F.bb`` (d each), ``F.weight`` ().
+        Shampoo, per side: ``s.packed`` and ``s.root`` (packed), ``s.weight`` ().  layer_wise,
+        unit_rows and full: ``F.packed`` and ``F.inverse`` (packed), ``F.weight`` ().  kfe: as low
+        rank, and ``S.mean`` (d of G, d of A), ``S.weight`` ()."""
         ...
 
     def start(self, spec: BlockSpec, seed: int) -> Tensors:
@@ -73,10 +86,10 @@ class Kind(Protocol):
 
     def inverses(
         self, spec: BlockSpec, published: Tensors, damping: float | Tensor, relative: bool
-    ) -> tuple[Inverse, ...]:
-        """One inverse per side (A, G) of the damped factors, [...] batch, to be applied with
-        `distcurv.curvature.inverse`.
+    ) -> tuple[Inverse | OneSidedInverse | WholeInverse, ...]:
+        """One inverse per side of the damped factors (shampoo: its root; kfe: one for the whole
+        block), [...] batch, to be applied with `distcurv.curvature.apply`.
 
         ``damping`` and ``relative`` as in `split_damping`.  A kind whose damping is part of what
-        is published (dense) goes by that and does not read them."""
+        is published (dense, layer_wise, ...) goes by that and does not read them."""
         ...

@@ -1,0 +1,1 @@
+"""``distcurv inspect``: what would be covered of a model, without training it."""
