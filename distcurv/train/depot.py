@@ -12,7 +12,7 @@ import collections
 import threading
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from torch import Tensor
 
@@ -84,6 +84,13 @@ class Depot:
         """The block's states, oldest first."""
         with self._changed:
             return list(self._states[block])
+
+    def share(self, block: int, version: int, flat: Tensor) -> None:
+        """Keep a version in a tensor of the same numbers that lives anyway."""
+        with self._changed:
+            self._states[block] = [
+                replace(s, flat=flat) if s.version == version else s for s in self._states[block]
+            ]
 
     def prune(self, block: int, version: int) -> None:
         """Forget versions older than ``version``: no statistic against them can come."""

@@ -240,6 +240,8 @@ class Pipeline:
         installs = self._switch.finish(step)
         for install in installs:
             self.installed[install.block] = install
+            if self.device.type == "cpu" and self.table.owners[install.block] == self.group.rank:
+                self.depot.share(install.block, install.version, install.flat)
             own = (install.version, install.since, install.through)
             for version in (*install.passed, own):
                 self.install_log.append(Record(step, install.block, *version))

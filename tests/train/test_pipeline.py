@@ -210,6 +210,16 @@ def test_what_is_installed_is_what_is_returned_and_reported(make: Make, services
     assert first["route"] == "inline"
 
 
+def test_on_the_cpu_an_installed_version_is_kept_once(make: Make) -> None:
+    pipeline = make(install_delay=3)
+    run(pipeline, 9)
+    assert versions(pipeline) == [2, 2]
+    for block, install in enumerate(pipeline.installed):
+        (state,) = [s for s in pipeline.depot.states(block) if s.version == install.version]
+        assert state.flat.data_ptr() == install.flat.data_ptr()
+        assert (state.since, state.through) == (install.since, install.through)
+
+
 @pytest.mark.parametrize("delay", [None, 0, 3, 9])
 def test_a_run_over_a_worker_link_equals_the_in_process_run(
     make: Make, services: Services, delay: int | None
