@@ -6,7 +6,7 @@ import argparse
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from distcurv.bench.arguments import at_least, words
+from distcurv.bench.arguments import at_least, device, words
 from distcurv.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -101,6 +101,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="distcurv's methods without worker, every version installed K steps after what it is "
         "based on (default: a worker process, real asynchrony)",
     )
+    add("--device", default="cpu", help="cpu (default) or cuda, where --hardware is one-core")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -116,7 +117,7 @@ def run(args: argparse.Namespace) -> int:
     _check(args)
     studies = [_study(task, args) for task in args.tasks]
     settings = {key: value for key, value in vars(args).items() if key not in ("benchmark", "out")}
-    record = Record(args, settings)
+    record = Record(args, settings, args.device)
     cache = Cache(record.file.parent / "trainings")
     trainings = len(args.tasks) * len(args.methods) * (args.grid_points + args.seeds + 1)
     with Bar("losses", trainings) as bar:
@@ -149,6 +150,12 @@ def _check(args: argparse.Namespace) -> None:
     from distcurv.bench.step_peers import require_package
     from distcurv.config import MAX_DELAY_WINDOWS, SoapConfig
 
+    device(args.device)
+    if args.device == "cuda" and args.time and "equal" in args.hardware:
+        raise ConfigError(
+            "--hardware has equal, which gives peers a second core: with --device cuda give "
+            "--hardware one-core"
+        )
     if args.target_of not in args.methods:
         raise ConfigError(
             f"--target-of is {args.target_of!r}: choose one of --methods, which are "
@@ -181,6 +188,7 @@ def _study(task_name: str, args: argparse.Namespace) -> Study:
         install_delay=args.deterministic_delay,
         equal="equal" in args.hardware,
         repetitions=args.repetitions,
+        device=args.device,
     )
 
 

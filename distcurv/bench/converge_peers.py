@@ -72,8 +72,8 @@ def asdl_kfac(setup: Setup) -> Training:
     ASDL sums what it captures, so ``scale`` makes the factors the means that damping is meant for.
     The preconditioned gradient is clipped: without it digits ended at 0.55 at best (with larger
     damping) or diverged, with it at 0.36.
-    Norm layers and embeddings are left to SGD, as distcurv leaves them.  It does its own thing in a
-    process group, so it is not trained data-parallel.
+    Norm layers and embeddings are left to SGD (distcurv's own K-FAC has them).  It does its own
+    thing in a process group, so it is not trained data-parallel.
     """
     stub_nvtx()
     from asdl import FISHER_EMP, KfacGradientMaker, PreconditioningConfig

@@ -42,6 +42,7 @@ class Request:
         hardware: ``one`` core, two ``threads``, or two data-parallel ``ranks``; distcurv's methods
             always train on one core, their worker is on the other.
         repetition: tells apart timings that are otherwise the same.
+        device: ``cpu`` or ``cuda``; the worker has it too.
     """
 
     task: str
@@ -56,6 +57,7 @@ class Request:
     interval: int | None = None
     hardware: str = "one"
     repetition: int = 0
+    device: str = "cpu"
 
     @property
     def timed(self) -> bool:

@@ -45,6 +45,7 @@ class Study:
         install_delay: None for real asynchrony of distcurv's methods.
         equal: whether two cores are timed too.
         repetitions: of every timing.
+        device: ``cpu`` or ``cuda``.
     """
 
     task: str
@@ -57,6 +58,7 @@ class Study:
     install_delay: int | None
     equal: bool
     repetitions: int
+    device: str = "cpu"
 
     def request(self, method: str, k: int, seed: int) -> Request:
         """A training with the k-th learning rate."""
@@ -70,6 +72,7 @@ class Study:
             task.rows,
             min(task.eval_every, self.steps),
             install_delay=self.install_delay if method in SERVED else None,
+            device=self.device,
         )
 
     def longer(self, method: str, k: int, seed: int, target: float) -> Request:
@@ -150,6 +153,7 @@ class Study:
             install_delay=self.install_delay if method in SERVED else None,
             hardware=mode,
             repetition=repetition,
+            device=self.device,
         )
 
     def times_wanted(self, known: Known) -> list[Request]:

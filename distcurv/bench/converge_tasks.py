@@ -62,8 +62,13 @@ class ConvergeTask:
     @torch.no_grad()
     def evaluate(self, model: nn.Module) -> float:
         """The loss on the fixed set, as it is reported."""
-        inputs, targets = self.evaluation()
+        inputs, targets = on_device(self.evaluation(), next(model.parameters()).device)
         return float(self.loss(model(inputs), targets))
+
+
+def on_device(batch: Batch, device: torch.device | str) -> Batch:
+    """All tasks make their batches on the CPU, so that every device sees the same ones."""
+    return batch[0].to(device), batch[1].to(device)
 
 
 def _generator(*numbers: int) -> torch.Generator:

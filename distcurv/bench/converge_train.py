@@ -20,11 +20,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from distcurv.bench.clock import choose_cores, pinned
+from distcurv.bench.clock import choose_cores, now, pinned
 from distcurv.bench.converge_methods import Setup, Training
 from distcurv.bench.converge_peers import MAKERS
 from distcurv.bench.converge_request import Request
-from distcurv.bench.converge_tasks import TASKS, Batch, ConvergeTask
+from distcurv.bench.converge_tasks import TASKS, Batch, ConvergeTask, on_device
 from distcurv.errors import StateError
 from distcurv.launcher.supervisor import Supervisor
 from distcurv.train.provider import Workers
@@ -50,14 +50,14 @@ def train(request: Request, rank: int = 0, ranks: int = 1) -> dict[str, Any]:
     service.
     """
     task = TASKS[request.task]
-    model = task.build(request.seed)
+    model = task.build(request.seed).to(request.device)
     forward: nn.Module = model
     if ranks > 1:
         forward = nn.parallel.DistributedDataParallel(model)
     with ExitStack() as stack:
         workers: Workers = "inline"
         if request.has_worker:
-            workers = stack.enter_context(_worker(request.timed))
+            workers = stack.enter_context(_worker(request.timed, request.device))
         setup = Setup(
             task,
             model,
@@ -106,7 +106,8 @@ class _Run:
             if due and self._evaluate(step):
                 return
             batch = _share(task.batch(step, request.seed, samples), rank, ranks)
-            start = time.perf_counter()
+            batch = on_device(batch, request.device)
+            start = now(request.device) if request.timed else 0.0
             try:
                 loss = self._training.step(batch)
             except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined]
@@ -114,7 +115,7 @@ class _Run:
                 self._end(step, str(error).splitlines()[0])
                 return
             if request.timed:
-                self.step_s.append(time.perf_counter() - start)
+                self.step_s.append(now(request.device) - start)
             elif not math.isfinite(float(loss.detach())):
                 self._end(step, "the loss is not finite")
                 return
@@ -142,11 +143,15 @@ def _share(batch: Batch, rank: int, ranks: int) -> Batch:
 
 
 @contextmanager
-def _worker(on_its_core: bool) -> Iterator[Workers]:
-    """One worker with one thread."""
+def _worker(on_its_core: bool, device: str) -> Iterator[Workers]:
+    """One worker with one thread, on a device."""
     with pinned(_CORES.worker if on_its_core else None):
         supervisor = Supervisor(
-            workers=1, threads=1, env={"OMP_NUM_THREADS": "1"}, report=lambda text: None
+            workers=1,
+            devices=(device,),
+            threads=1,
+            env={"OMP_NUM_THREADS": "1"},
+            report=lambda text: None,
         )
         supervisor.__enter__()
     try:

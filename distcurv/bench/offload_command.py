@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
 
-from distcurv.bench.arguments import at_least, numbers, words
+from distcurv.bench.arguments import at_least, device, numbers, words
 
 if TYPE_CHECKING:
     from distcurv.bench.clock import Cores
@@ -64,9 +64,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--sharded",
         action=argparse.BooleanOptionalAction,
         default=True,
-        help="also train on two ranks that share the refreshes, where there are two cores "
-        "(default yes)",
+        help="also train on two ranks that share the refreshes, where there are two cores; on the "
+        "CPU alone (default yes)",
     )
+    add("--device", default="cpu", help="cpu (default) or cuda, for training and worker alike")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -78,12 +79,13 @@ def run(args: argparse.Namespace) -> int:
     from distcurv.bench.output import Record
     from distcurv.bench.show import Bar, show_files
 
+    device(args.device)
     cores = choose_cores()
-    pair = args.sharded and cores.training != cores.worker
+    pair = args.sharded and cores.training != cores.worker and args.device == "cpu"
     points = grid(args.kinds, args.blocks, args.widths, args.ranks, args.rows, args.interval)
-    memory = float(args.gib * 2**30) if args.gib is not None else available_bytes() / 1.5
+    memory = float(args.gib * 2**30) if args.gib is not None else available_bytes(args.device) / 1.5
     with one_thread():
-        rate = matmul_rate()
+        rate = matmul_rate(args.device)
     settings = {
         "kinds": args.kinds,
         "blocks": args.blocks,
@@ -98,7 +100,7 @@ def run(args: argparse.Namespace) -> int:
         "core_of_training": cores.training,
         "core_of_worker": cores.worker,
     }
-    record = Record(args, settings)
+    record = Record(args, settings, args.device)
     left_out: list[dict[str, Any]] = []
     planned: list[tuple[Point, int]] = []
     for point in points:
@@ -116,7 +118,7 @@ def run(args: argparse.Namespace) -> int:
 
     content = write()
     with Bar("offload", len(planned)) as bar:
-        for row, failure in _measure(planned, cores, pair, bar):
+        for row, failure in _measure(planned, cores, pair, args.device, bar):
             if row is not None:
                 rows.append(row)
             if failure is not None:
@@ -129,7 +131,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _measure(
-    planned: list[tuple[Point, int]], cores: Cores, pair: bool, bar: Bar
+    planned: list[tuple[Point, int]], cores: Cores, pair: bool, device: str, bar: Bar
 ) -> Iterator[tuple[dict[str, Any] | None, dict[str, Any] | None]]:
     """For each point its row, or why it failed; after a failure the others go on with new
     processes."""
@@ -142,7 +144,7 @@ def _measure(
         for point, repetitions in planned:
             bar.at(str(point))
             if crew is None:
-                crew = processes.enter_context(make_crew(cores, pair=pair))
+                crew = processes.enter_context(make_crew(cores, pair=pair, device=device))
             try:
                 row = row_of(point, measure_point(crew, point, repetitions))
             except StateError as error:

@@ -26,11 +26,22 @@ _END_PATIENCE_S = 10.0
 class Players:
     """The ranks of one job: `ask` gives all of them the same order and waits for all answers."""
 
-    def __init__(self, cores: Sequence[int | None], meeting: Path, complaints: Path) -> None:
+    def __init__(
+        self,
+        cores: Sequence[int | None],
+        meeting: Path,
+        complaints: Path,
+        device: str = "cpu",
+    ) -> None:
         self._complaints = complaints.open("w+", encoding="utf-8")
         self._processes = []
         for rank, core in enumerate(cores):
-            request = {"rank": rank, "ranks": len(cores), "meeting": str(meeting)}
+            request = {
+                "rank": rank,
+                "ranks": len(cores),
+                "meeting": str(meeting),
+                "device": device,
+            }
             module = "distcurv.bench.offload_player"
             with pinned(core):  # what is started here stays on that core
                 self._processes.append(
@@ -122,7 +133,7 @@ class Crew:
 
 
 @contextmanager
-def make_crew(cores: Cores, *, pair: bool) -> Iterator[Crew]:
+def make_crew(cores: Cores, *, pair: bool, device: str = "cpu") -> Iterator[Crew]:
     """Everything that a run needs, started; it ends with the body."""
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="distcurv-bench-")))
@@ -130,14 +141,16 @@ def make_crew(cores: Cores, *, pair: bool) -> Iterator[Crew]:
             worker = stack.enter_context(
                 Supervisor(
                     workers=1,
+                    devices=(device,),
                     threads=1,
                     env={"OMP_NUM_THREADS": "1"},
                     report=lambda text: None,
                 )
             )
-        solo = stack.enter_context(Players([cores.training], folder / "solo", folder / "solo.err"))
+        one = [cores.training]
+        solo = stack.enter_context(Players(one, folder / "solo", folder / "solo.err", device))
         two = None
         if pair:
             both = [cores.training, cores.worker]
-            two = stack.enter_context(Players(both, folder / "pair", folder / "pair.err"))
+            two = stack.enter_context(Players(both, folder / "pair", folder / "pair.err", device))
         yield Crew(solo, two, worker.endpoints)

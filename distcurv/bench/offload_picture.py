@@ -20,11 +20,12 @@ def draw(path: Path, content: dict[str, Any]) -> None:
     """
     settings = content["settings"]
     rows, left_out = content["results"], content["left_out"]
+    arms = ["worker", "in process", *(["sharded over 2 ranks"] if settings["sharded"] else [])]
     groups = sorted({(row["kind"], row["rank"]) for row in rows + left_out}, reverse=True)
     groups.sort(key=lambda group: (group[0] == "dense", group[1]))
     figure, panels = new_figure(
-        max(1, len(groups)), width=0.8 + 1.15 * len(settings["blocks"]),
-        height=1.8 + 0.75 * len(settings["widths"]),
+        max(1, len(groups)), width=0.8 + 1.3 * len(settings["blocks"]),
+        height=1.4 + 0.75 * len(settings["widths"]), in_a_row=2,
     )  # fmt: skip
     for axes, (kind, rank) in zip(panels, groups, strict=True):
         cells = {
@@ -57,8 +58,8 @@ def draw(path: Path, content: dict[str, Any]) -> None:
     save(
         figure,
         path,
-        "Mean step with refreshes in process / with a worker; below, each over no refreshes "
-        "(≈: repetitions disagree).\n"
+        "Mean step with refreshes in process / with a worker (≈: repetitions disagree); below, "
+        f"over no refreshes: {' / '.join(arms)}.\n"
         f'Framed: workers="auto" takes a worker. {settings["rows"]} rows, interval '
         f"{settings['interval']}, one core to train on",
     )
@@ -76,9 +77,13 @@ def _frame(x: int, y: int) -> Any:
 
 def _cell_text(row: dict[str, Any]) -> str:
     arms = row["arms"]
-    inline, worker = (arms[name]["over_none"]["median"] for name in ("inline", "worker"))
+    over = [
+        f"{arms[name]['over_none']['median']:.2f}"
+        for name in ("worker", "inline", "sharded")
+        if name in arms
+    ]
     sign = "≈ " if row["measured"] == "even" else ""
-    return f"{sign}{row['gain']['median']:.2f}\n{inline:.2f} / {worker:.2f}"
+    return f"{sign}{row['gain']['median']:.2f}\n{' / '.join(over)}"
 
 
 def show(content: dict[str, Any]) -> None:

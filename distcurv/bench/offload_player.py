@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from distcurv.bench.clock import now
 from distcurv.bench.offload_points import Point
 from distcurv.errors import DistcurvError, StateError
 from distcurv.launcher import lifeline
@@ -53,7 +54,7 @@ class Arm:
         return metrics.collect(self.precond._pipeline)
 
 
-def make_arm(point: Point, name: str, endpoints: Sequence[str]) -> Arm:
+def make_arm(point: Point, name: str, endpoints: Sequence[str], device: str = "cpu") -> Arm:
     """One arm: ``none`` refreshes once at its first step, ``worker`` at ``endpoints``, the others
     in process."""
     torch.manual_seed(0)
@@ -63,7 +64,8 @@ def make_arm(point: Point, name: str, endpoints: Sequence[str]) -> Arm:
     for layer in model:
         assert isinstance(layer, nn.Linear)
         nn.init.normal_(layer.weight, std=point.width**-0.5)  # keeps the size of what passes
-    inputs = torch.randn(point.rows, point.width)
+    model.to(device)
+    inputs = torch.randn(point.rows, point.width).to(device)
     optimizer = torch.optim.SGD(model.parameters(), lr=_LR)
     precond = Preconditioner(
         model,
@@ -85,8 +87,9 @@ def make_arm(point: Point, name: str, endpoints: Sequence[str]) -> Arm:
 class Player:
     """Keeps the arms of one point and obeys orders."""
 
-    def __init__(self) -> None:
+    def __init__(self, device: str = "cpu") -> None:
         self._arms: dict[str, Arm] = {}
+        self._device = device
 
     def obey(self, order: dict[str, Any]) -> dict[str, Any]:
         """``build`` a point's arms, ``run`` a turn of one, or ``drop`` them."""
@@ -94,7 +97,7 @@ class Player:
             self._drop()
             point = Point(**order["point"])
             for name in order["arms"]:
-                self._arms[name] = make_arm(point, name, order["endpoints"])
+                self._arms[name] = make_arm(point, name, order["endpoints"], self._device)
                 self._arms[name].connect()
             return {}
         if order["do"] == "run":
@@ -108,9 +111,9 @@ class Player:
         loss = torch.zeros(())
         processor = time.process_time()
         for _ in range(steps):
-            start = time.perf_counter()
+            start = now(self._device)
             loss = arm.train_step()
-            each_ms.append(1e3 * (time.perf_counter() - start))
+            each_ms.append(1e3 * (now(self._device) - start))
         cpu_ms = 1e3 * (time.process_time() - processor) / steps
         counts = arm._counts()
         arm.settle()
@@ -150,7 +153,7 @@ def main(text: str) -> int:
             rank=request["rank"],
             world_size=request["ranks"],
         )
-    player = Player()
+    player = Player(request["device"])
     for line in sys.stdin:
         try:
             answer = player.obey(json.loads(line))

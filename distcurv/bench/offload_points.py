@@ -6,7 +6,6 @@ with its reason, so that a large grid may be asked for on a small machine.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from itertools import product
@@ -14,6 +13,7 @@ from pathlib import Path
 
 import torch
 
+from distcurv.bench.clock import now
 from distcurv.config import KfacConfig
 from distcurv.curvature.spec import BlockSpec, SideSpec
 from distcurv.curvature.statistics import resolve_encoding
@@ -181,19 +181,22 @@ def plan_point(
     return 0, f"time: needs about {least:.0f} s of {seconds:g}"
 
 
-def matmul_rate(size: int = 512) -> float:
-    """Operations per second of float32 matrix products on one thread, the best of a few."""
-    matrix = torch.randn(size, size)
+def matmul_rate(device: str = "cpu", size: int = 512) -> float:
+    """Operations per second of float32 matrix products on a device (the CPU: as many threads as
+    torch has), the best of a few."""
+    matrix = torch.randn(size, size, device=device)
     best = float("inf")
     for _ in range(6):
-        start = time.perf_counter()
+        start = now(device)
         torch.mm(matrix, matrix)
-        best = min(best, time.perf_counter() - start)
+        best = min(best, now(device) - start)
     return 2 * size**3 / best
 
 
-def available_bytes() -> int:
-    """Memory that is free for use, as Linux says; 4 GiB where it does not."""
+def available_bytes(device: str = "cpu") -> int:
+    """Memory that is free for use, on the CPU as Linux says; 4 GiB where it does not."""
+    if device == "cuda":
+        return int(torch.cuda.mem_get_info()[0])
     info = Path("/proc/meminfo")
     if info.exists():
         for line in info.read_text(encoding="utf-8").splitlines():

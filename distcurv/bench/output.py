@@ -7,8 +7,10 @@ import json
 import os
 import platform
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from datetime import UTC, datetime
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,8 @@ from distcurv import __version__
 from distcurv.demo.settings import output_directory
 
 SCHEMA = 1
+# What else is measured, or measures, as far as it is installed: the links' library and the peers.
+_PACKAGES = ("pyzmq", "numpy", "pytorch-optimizer", "asdfghjkl", "singd")
 
 
 class Record:
@@ -48,6 +52,7 @@ class Record:
                 "distcurv": __version__,
                 "torch": torch.__version__,
                 "python": platform.python_version(),
+                **_versions(_PACKAGES),
             },
             "settings": dict(settings),
         }
@@ -108,6 +113,15 @@ def machine(device: str) -> dict[str, Any]:
         "gpu": gpu,
         "system": f"{platform.system()} {platform.machine()}",
     }
+
+
+def _versions(packages: Iterable[str]) -> dict[str, str]:
+    """Of those packages that are installed."""
+    found = {}
+    for package in packages:
+        with suppress(metadata.PackageNotFoundError):
+            found[package] = metadata.version(package)
+    return found
 
 
 def _cpu_model() -> str:

@@ -10,7 +10,7 @@ import argparse
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from distcurv.bench.arguments import at_least, numbers, words
+from distcurv.bench.arguments import at_least, device, numbers, words
 from distcurv.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -75,6 +75,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="trainings that run side by side (default 1)",
     )
+    add("--device", default="cpu", help="cpu (default) or cuda")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -88,7 +89,7 @@ def run(args: argparse.Namespace) -> int:
     _check(args)
     studies = [_study(task, args) for task in args.tasks]
     settings = {key: value for key, value in vars(args).items() if key not in ("benchmark", "out")}
-    record = Record(args, settings)
+    record = Record(args, settings, args.device)
     cache = Cache(record.file.parent / "trainings")
     with Bar("staleness", sum(study.trainings() for study in studies)) as bar:
 
@@ -114,6 +115,7 @@ def _check(args: argparse.Namespace) -> None:
     from distcurv.bench.converge_tasks import TASKS, require_data
     from distcurv.config import MAX_DELAY_WINDOWS
 
+    device(args.device)
     require_data(args.tasks)
     for name in args.tasks:
         for batch in args.batches:
@@ -147,6 +149,7 @@ def _study(task: str, args: argparse.Namespace) -> StalenessStudy:
         seeds=args.seeds,
         steps=args.steps or TASKS[task].steps,
         interval=args.interval,
+        device=args.device,
     )
 
 

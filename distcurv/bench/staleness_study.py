@@ -40,6 +40,7 @@ class StalenessStudy:
         seeds: trainings of each delay.
         steps: of a training.
         interval: steps between two installs.
+        device: ``cpu`` or ``cuda``.
     """
 
     task: str
@@ -50,6 +51,7 @@ class StalenessStudy:
     seeds: int
     steps: int
     interval: int
+    device: str = "cpu"
 
     def request(self, arm: str, batch: int, delay: int, k: int, seed: int) -> Request:
         """A training in process, every version installed exactly ``delay`` steps late."""
@@ -63,6 +65,7 @@ class StalenessStudy:
             min(TASKS[self.task].eval_every, self.steps),
             install_delay=delay,
             interval=self.interval,
+            device=self.device,
         )
 
     def tried(self, arm: str, batch: int, known: Known) -> dict[int, float]:

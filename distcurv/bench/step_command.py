@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from distcurv.bench.step_options import add_arguments, methods_of
@@ -22,7 +23,7 @@ def run(args: argparse.Namespace) -> int:
     from distcurv.bench.show import Bar, show_files
     from distcurv.bench.step_crew import make_crew, variants
     from distcurv.bench.step_rows import BASELINE, row_of
-    from distcurv.bench.step_run import take_turns, warm_up, warm_up_steps
+    from distcurv.bench.step_run import attempt, take_turns, warm_up, warm_up_steps
     from distcurv.bench.step_show import draw, show
 
     chosen = variants(
@@ -60,11 +61,17 @@ def run(args: argparse.Namespace) -> int:
         ) as crew:
             for member in crew:
                 at(f"{member.variant.method} warms up")
-                warm_up(member, args.interval)
+                attempt(member, partial(warm_up, member, args.interval))
             take_turns(crew, args.repetitions, steps, at)
-            rows = [row_of(member, crew) for member in crew]
-        _add_memory(rows, chosen, args, at)
-        content = record.write(rows)
+            whole = [member for member in crew if member.fault is None]
+            left_out = [
+                {**member.variant._asdict(), "why": member.fault}
+                for member in crew
+                if member.fault is not None
+            ]
+            rows = [row_of(member, whole) for member in whole]
+        _add_memory(rows, [member.variant for member in whole], args, at)
+        content = record.write(rows, left_out=left_out)
     draw(record.picture, content)
     show(content)
     show_files(record.file, record.picture)

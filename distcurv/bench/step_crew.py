@@ -68,7 +68,8 @@ class Turn:
 
 @dataclass
 class Member:
-    """One method at work; its worker, if it has one; what was measured; how many steps it did."""
+    """One method at work; its worker, if it has one; what was measured; how many steps it did;
+    why it, another package's, could not go on."""
 
     variant: Variant
     trainer: Trainer
@@ -76,6 +77,7 @@ class Member:
     supervisor: Supervisor | None = None
     turns: list[Turn] = field(default_factory=list)
     steps: int = 0
+    fault: str | None = None
 
     @contextmanager
     def alone(self) -> Iterator[None]:

@@ -1,7 +1,7 @@
 """The K-FAC methods of `bench step` that other packages bring: ASDL, low-rank ASDL, kfac-pytorch.
 
 They capture inside the forward and backward pass, so on statistics steps both are one phase.  Norm
-layers and embeddings are left to SGD, as distcurv leaves them.
+layers and embeddings are left to SGD; distcurv's own K-FAC has them as blocks.
 """
 
 from __future__ import annotations

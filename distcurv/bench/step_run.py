@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 
 from distcurv.bench.clock import synchronise
 from distcurv.bench.step_crew import Member, Turn
+from distcurv.bench.step_peers import PEERS
 from distcurv.bench.step_phases import Mark, seconds
 from distcurv.bench.step_rate import PlainProducts
 from distcurv.errors import StateError
@@ -26,6 +27,18 @@ def warm_up(member: Member, interval: int) -> None:
     """The steps before any that count."""
     run_steps(member, warm_up_steps(interval))
     member.settle()
+
+
+def attempt(member: Member, work: Callable[[], object]) -> None:
+    """Do ``work`` with a method.  Where another package's fails, the others go on without it, and
+    `Member.fault` says why; our own methods and torch's must not fail."""
+    if member.variant.method not in PEERS:
+        work()
+        return
+    try:
+        work()
+    except (ArithmeticError, RuntimeError, TypeError, ValueError, StateError) as error:
+        member.fault = " ".join(f"{type(error).__name__}: {error}".split())
 
 
 def run_steps(member: Member, steps: int, after_each: Callable[[], None] = lambda: None) -> Turn:
@@ -81,8 +94,13 @@ def take_turns(
     for repetition in range(repetitions):
         for member in crew if repetition % 2 == 0 else reversed(crew):
             at(member.variant.method)
-            turn = run_steps(member, steps_of_a_turn(member, steps))
+            if member.fault is not None:
+                continue
+
+            def turn(member: Member = member) -> None:
+                member.turns.append(run_steps(member, steps_of_a_turn(member, steps)))
+
+            attempt(member, turn)
             member.settle()
             if id(member) in products:
-                turn.products_ms = 1e3 * products[id(member)].seconds()
-            member.turns.append(turn)
+                member.turns[-1].products_ms = 1e3 * products[id(member)].seconds()

@@ -49,6 +49,13 @@ def show(content: dict[str, Any]) -> None:
             ("method", "peak MB", "kept MB", "numbers above sgd", "of these and sgd's"),
             [_memory(row) for row in rows],
         )
+    left_out = content.get("left_out")  # records from before there was such a thing lack it
+    if left_out:
+        show_table(
+            "left out, as it failed",
+            ("method", "why"),
+            [[label(row), row["why"]] for row in left_out],
+        )
 
 
 def _cost(row: Mapping[str, Any]) -> list[str]:
@@ -121,7 +128,7 @@ def draw(path: Path, content: dict[str, Any]) -> None:
     up = [row["over_sgd"]["max"] - row["over_sgd"]["median"] for row in rows]
     ratio.errorbar(middle, places, xerr=(down, up), fmt="o", capsize=3)
     ratio.axvline(1.0, color="#7a7a7a", linewidth=0.8)
-    ratio.set_xlabel("mean step over SGD's, median and extremes of the repetitions")
+    ratio.set_xlabel("mean step over SGD's (median, extremes)")
     for axes in (parts, ratio):
         axes.set_yticks(places, [label(row) for row in rows])
         axes.invert_yaxis()

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from distcurv import cli
 from distcurv.bench.command import BENCHMARKS
@@ -49,6 +50,10 @@ def code_of(arguments: list[str]) -> int:
         (["converge", "--tasks", "mnist"], ["--tasks", "mnist", "digits"]),
         (["converge", "--methods", "lion"], ["--methods", "lion", "lowrank-soap"]),
         (["converge", "--hardware", "two"], ["--hardware", "two", "equal"]),
+        (["converge", "--device", "tpu"], ["--device", "tpu", "cuda"]),
+        (["staleness", "--device", "tpu"], ["--device", "tpu", "cuda"]),
+        (["offload", "--device", "tpu"], ["--device", "tpu", "cuda"]),
+        (["capture", "--device", "tpu"], ["--device", "tpu", "cuda"]),
         (["wire", "--links", "udp"], ["--links", "udp", "memory"]),
         (["wire", "--kilobytes", "0"], ["--kilobytes", "at least 1"]),
         (["wire", "--speed", "9"], ["--speed"]),
@@ -78,11 +83,31 @@ def test_a_folder_that_cannot_be_made_is_named(
 
 
 @pytest.mark.parametrize(
+    "benchmark", ["step", "capture", "refresh", "offload", "converge", "staleness"]
+)
+def test_a_gpu_that_is_not_there_is_refused_by_all_that_compute(
+    benchmark: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert code_of([benchmark, "--device", "cuda"]) == 2
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert "no CUDA device" in line
+
+
+def test_a_second_core_says_nothing_on_a_gpu(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert code_of(["converge", "--device", "cuda"]) == 2
+    assert "--hardware one-core" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
     ("method", "module", "package"),
     [
         ("soap", "pytorch_optimizer", "pytorch-optimizer"),
         ("shampoo", "pytorch_optimizer", "pytorch-optimizer"),
-        ("asdl-kfac", "asdl", "asdfghjkl"),
+        ("asdl-kfac", "asdl.precondition", "asdfghjkl"),
     ],
 )
 def test_a_missing_peer_gets_one_line(

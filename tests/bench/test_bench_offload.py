@@ -199,3 +199,13 @@ def test_a_run_in_which_nothing_fits_says_so_by_its_code(tmp_path: Path) -> None
     assert code == 1
     content = json.loads((tmp_path / "offload.json").read_text(encoding="utf-8"))
     assert content["results"] == [] and content["left_out"]
+
+
+@pytest.mark.gpu
+def test_a_tiny_run_on_a_gpu(tmp_path: Path) -> None:
+    content = bench(
+        tmp_path, "offload", "--blocks", "2", "--widths", "8", "--ranks", "2", "--rows", "4",
+        "--interval", "4", "--repetitions", "2", "--device", "cuda",
+    )  # fmt: skip
+    assert content["machine"]["device"] == "cuda" and content["settings"]["sharded"] is False
+    assert {row["kind"] for row in content["results"]} == {"lowrank", "dense"}

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import importlib
+import itertools
 import os
 import subprocess
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -15,11 +17,11 @@ from bench_runs import bench, check_spread
 from torch import nn
 
 from distcurv import cli
-from distcurv.bench import step_models, step_options
+from distcurv.bench import step_command, step_crew, step_models, step_options
 from distcurv.bench.clock import peak_memory, pinned
 from distcurv.bench.step_crew import MAKERS, RANKED, Member, Turn, Variant, variants
 from distcurv.bench.step_distcurv import DISTCURV
-from distcurv.bench.step_methods import Trainer
+from distcurv.bench.step_methods import Knobs, Trainer, sgd
 from distcurv.bench.step_models import MODELS, Problem, make_problem
 from distcurv.bench.step_peers import PEERS, require_package
 from distcurv.bench.step_phases import PHASES, PhaseClock
@@ -132,6 +134,41 @@ def test_peers_run(method: str, tiny: None, tmp_path: Path) -> None:
         assert row["phases_ms"]["refresh"] > 0
     if method == "kfac-pytorch":  # its inverses are made every tenth interval
         assert [len(turn) for turn in row["turns_ms"]] == [40, 40]
+
+
+def failing(problem: Problem, knobs: Knobs, clock: PhaseClock, steps: int) -> Trainer:
+    """A peer that breaks after so many steps, as one whose SVD does not converge."""
+    trainer = sgd(problem, knobs, clock)
+    works, done = trainer.train_step, itertools.count(1)
+
+    def train_step() -> torch.Tensor:
+        if next(done) > steps:
+            raise torch.linalg.LinAlgError("the SVD did not converge\n(error code: 1)")
+        return works()
+
+    trainer.train_step = train_step
+    return trainer
+
+
+@pytest.mark.parametrize("steps", [2, 17])  # in the warm-up; in the first turn
+def test_a_peer_that_fails_does_not_take_the_others_with_it(
+    steps: int, tiny: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setitem(step_crew.MAKERS, "soap", partial(failing, steps=steps))
+    monkeypatch.setattr(step_command, "methods_of", lambda args: args.methods)
+    content = bench(tmp_path, "step", "--methods", "soap,adamw", *TINY)
+    assert [row["method"] for row in content["results"]] == ["sgd", "adamw"]
+    (out,) = content["left_out"]
+    assert (out["method"], out["rank"], out["worker"]) == ("soap", None, None)
+    assert out["why"] == "_LinAlgError: the SVD did not converge (error code: 1)"
+
+
+def test_our_own_methods_must_not_fail(
+    tiny: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setitem(step_crew.MAKERS, "adamw", partial(failing, steps=2))
+    with pytest.raises(torch.linalg.LinAlgError):
+        bench(tmp_path, "step", "--methods", "adamw", *TINY)
 
 
 @pytest.mark.parametrize("error", [ModuleNotFoundError, SyntaxError])

@@ -12,6 +12,7 @@ from distcurv.bench.converge_request import Request
 from distcurv.bench.converge_rows import Pace, crossing, pace_of, rows_of
 from distcurv.bench.converge_search import STARTS, learning_rate
 from distcurv.bench.converge_study import Study
+from distcurv.bench.staleness_study import StalenessStudy
 
 STUDY = Study(
     task="autoencoder-big",
@@ -139,3 +140,11 @@ def test_pace_keeps_the_first_steps_apart() -> None:
     assert pace == Pace(2, 2.0, pytest.approx(0.2))
     assert pace.seconds(1) == 1.0
     assert pace.seconds(12) == pytest.approx(4.0)
+
+
+def test_every_training_is_on_the_device_that_was_asked_for() -> None:
+    study = dataclasses.replace(STUDY, device="cuda", equal=False)
+    known, times = whole(study)
+    assert {request.device for request in (*known, *times)} == {"cuda"}
+    late = StalenessStudy("digits", (64,), ("with",), (0, 5), 1, 1, 20, 10, "cuda")
+    assert {request.device for request in late.wanted({})} == {"cuda"}

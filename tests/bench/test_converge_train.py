@@ -167,3 +167,19 @@ def test_a_training_that_fails_says_why(tmp_path: Path) -> None:
     request = dataclasses.replace(DIGITS, task="nothing")
     with pytest.raises(LaunchError, match="'nothing'"):
         Pool(Cache(tmp_path), 1, lambda request: None).complete(always(request))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("method", ["adamw", "lowrank-soap"])
+def test_a_training_on_a_gpu_is_that_on_the_cpu(method: str) -> None:
+    delay = 10 if method in SERVED else None
+    request = dataclasses.replace(DIGITS, method=method, lr=2e-3, install_delay=delay)
+    here, there = train(request), train(dataclasses.replace(request, device="cuda"))
+    for (_, loss), (_, other) in zip(here["curve"], there["curve"], strict=True):
+        assert other == pytest.approx(loss, rel=1e-2)
+
+
+@pytest.mark.gpu
+def test_times_of_steps_on_a_gpu() -> None:
+    result = train(dataclasses.replace(DIGITS, steps=3, eval_every=0, device="cuda"))
+    assert len(result["step_s"]) == 3 and min(result["step_s"]) > 0
