@@ -149,6 +149,21 @@ def test_a_draw_copies_about_as_many_rows_as_asked_for(
     assert all(torch.equal(value, again[name]) for name, value in first.items())
 
 
+@pytest.mark.parametrize("last", [False, True], ids=["contiguous", "channels-last"])
+@pytest.mark.parametrize("mean", [0.0, 300.0])
+def test_drawn_samples_are_normalised_by_the_whole_batch(mean: float, last: bool) -> None:
+    """In float32, where the input itself is rounded to 300 · 6e-8 of its deviation."""
+    module = nn.BatchNorm2d(5)
+    input = torch.randn(9, 5, 8, 6) + mean
+    if last:
+        input = input.contiguous(memory_format=torch.channels_last)
+    kept = joint_layer(module).keep(module, input, Sampler(max_rows=150, number=1))
+    assert kept.weight == 3
+    expected = nn.BatchNorm2d(5).double()(input.double())[kept.samples.slice]
+    error = (kept.tensors["normalised"] - expected).abs().max()
+    assert error < (2e-6 if mean == 0 else 2e-4), f"error {error:.1e}"
+
+
 def test_long_samples_are_looked_at_one_at_a_time() -> None:
     module, layer = nn.LayerNorm(4), joint_layer(nn.LayerNorm(4))
     kept = layer.keep(module, torch.randn(6, 100, 4), Sampler(250, 4))
