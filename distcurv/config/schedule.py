@@ -7,7 +7,8 @@ values are compared over the ranks at every sync point (`distcurv.train.pipeline
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence, Set
+from dataclasses import fields, is_dataclass
 from functools import partial
 
 from distcurv.errors import ConfigError
@@ -42,17 +43,23 @@ def value_at(
 def description(value: object) -> str:
     """A setting in words that are the same in every process that was given the same setting.
 
-    As ``repr``, but callables go by their names: their ``repr`` has an address in it."""
+    As ``repr``, but callables go by their names, whose ``repr`` has an address in it, and sets are
+    sorted, whose order differs between processes."""
     if isinstance(value, partial):
         inner = (value.func, *value.args, value.keywords)
         return f"partial({', '.join(description(part) for part in inner)})"
     if isinstance(value, type):
         return f"{value.__module__}.{value.__qualname__}"
+    if is_dataclass(value):
+        parts = (f"{f.name}={description(getattr(value, f.name))}" for f in fields(value))
+        return f"{type(value).__qualname__}({', '.join(parts)})"
     if callable(value) and hasattr(value, "__qualname__"):
         return f"{value.__module__}.{value.__qualname__}"
     if isinstance(value, Mapping):
         pairs = (f"{description(k)}: {description(v)}" for k, v in value.items())
         return f"{{{', '.join(pairs)}}}"
+    if isinstance(value, Set):
+        return f"{{{', '.join(sorted(description(part) for part in value))}}}"
     if isinstance(value, Sequence) and not isinstance(value, str | bytes):
         return f"({', '.join(description(part) for part in value)})"
     if type(value).__repr__ is object.__repr__:

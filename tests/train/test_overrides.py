@@ -6,6 +6,7 @@ Oracle of the steps: the dense Kronecker inverse in float64 of each block with i
 from __future__ import annotations
 
 import re
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -179,6 +180,21 @@ def test_the_description_of_a_config_has_no_addresses() -> None:
     assert "0x" not in config().description()
     assert "('head')" in config().description().replace("'head',", "'head'")
     assert KfacConfig(rank=3).description() != KfacConfig(rank=4).description()
+
+
+@dataclass(frozen=True)
+class Named:
+    names: frozenset[str]
+
+    def __call__(self, name: str, module: object) -> bool:
+        return name in self.names
+
+
+def test_the_description_of_a_set_has_one_order() -> None:
+    """Strings are hashed otherwise in every process, and sets go by that."""
+    names = [f"layer{i}" for i in range(8)]
+    text = KfacConfig(overrides=[(Named(frozenset(names)), {"rank": 3})]).description()
+    assert "Named(names={" + ", ".join(repr(name) for name in names) + "})" in text
 
 
 # -- what they do to a step ---------------------------------------------------------------
