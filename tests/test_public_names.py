@@ -17,9 +17,9 @@ def test_public_name_can_be_had_and_is_listed(name: str) -> None:
     assert name in dir(distcurv)
 
 
-def test_every_maker_and_its_config_is_public() -> None:
-    wanted = {name for name in makers.__all__ if name.endswith(("Maker", "Config"))}
-    assert "GradientMaker" in wanted
+def test_all_of_the_unified_interface_is_public() -> None:
+    wanted = set(makers.__all__)
+    assert {"GradientMaker", "LOSS_CROSS_ENTROPY", "FISHER_EMP", "SHAPE_KFE"} <= wanted
     assert wanted <= set(distcurv.__all__)
     for name in wanted:
         assert getattr(distcurv, name) is getattr(makers, name)

@@ -17,6 +17,7 @@ from distcurv.config.overrides import (
 )
 from distcurv.config.schedule import Schedule, description, value_at
 from distcurv.config.service import ServiceConfig
+from distcurv.curvature.spec import MOST_PRODUCTS
 from distcurv.errors import ConfigError
 
 
@@ -51,6 +52,10 @@ class KfacConfig(ServiceConfig):
         damping_form: ``absolute`` (pi-split of delta) or ``relative`` (a multiple kappa of each
             side's mean eigenvalue).
         tail_in, tail_out: tails of the input and output side: ``none | isotropic | diagonal``.
+        max_itr: products with a factor of kind ``lowrank`` in one refresh, at most (block power
+            iteration, from the basis before); they need the whole factor, so ``encoding`` is
+            ``dense``.  None: a sketch is finished in a single one.
+        tolerance: the products end where the basis moves by less; needs ``max_itr``.
         kl_clip: bound of the update's KL norm, None for no clipping.  Needs ``lr``.
         lr: learning rate that ``kl_clip`` uses unless ``step(lr=...)`` gives one: a number or a
             function of the step.
@@ -73,6 +78,8 @@ class KfacConfig(ServiceConfig):
     damping_form: str = "absolute"
     tail_in: str = "isotropic"
     tail_out: str = "diagonal"
+    max_itr: int | None = None
+    tolerance: float = 0.0
     kl_clip: float | None = None
     lr: float | Schedule | None = None
     graft: bool = False
@@ -111,6 +118,30 @@ class KfacConfig(ServiceConfig):
             self,
             "kl_clip",
             "give None or a number > 0",
+        )
+        require(
+            self.max_itr is None or (is_count(self.max_itr) and self.max_itr <= MOST_PRODUCTS),
+            self,
+            "max_itr",
+            f"give None or an integer from 1 to {MOST_PRODUCTS}",
+        )
+        require(
+            self.max_itr in (None, 1) or self.encoding != "sketch",
+            self,
+            "max_itr",
+            "a sketch is one product: leave it out, or encoding='sketch'",
+        )
+        require(
+            self.tolerance == 0 or is_positive(self.tolerance),
+            self,
+            "tolerance",
+            "give 0 or a number > 0",
+        )
+        require(
+            self.tolerance == 0 or self.max_itr is not None,
+            self,
+            "tolerance",
+            "it ends the products that max_itr allows: give both",
         )
         require(isinstance(self.graft, bool), self, "graft", "give True or False")
         require(

@@ -26,6 +26,8 @@ PER_BLOCK = (
     "damping_form",
     "tail_in",
     "tail_out",
+    "max_itr",
+    "tolerance",
     "factor_decay",
     "encoding",
     "weight_sharing",

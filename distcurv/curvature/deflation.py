@@ -2,9 +2,9 @@
 
 The low-rank K-FAC report's form: iterate v ← M v / ‖M v‖ until it stands, take λ = vᵀ M v, subtract
 λ v vᵀ, begin again. The service does not run it: `distcurv.curvature.power` turns all r vectors at
-once and continues from the previous version, and a sketch is finished in a single pass
-(`distcurv.curvature.nystrom`), so neither ``max_itr`` nor ``tolerance`` has a meaning there. Where
-the spectrum has gaps all of them find the same subspace.
+once and continues from the previous version, with ``max_itr`` and ``tolerance`` of `KfacConfig`; a
+sketch is finished in a single pass (`distcurv.curvature.nystrom`). Where the spectrum has gaps all
+of them find the same subspace.
 
 Source: Golub and Van Loan 2013, "Matrix Computations", section 7.3.1.
 

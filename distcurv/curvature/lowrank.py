@@ -24,6 +24,13 @@ from distcurv.errors import NumericsError
 FIRST_PASSES = 2  # products with a dense factor before there is a basis to start from
 
 
+class Products(NamedTuple):
+    """Products with a dense factor, see `BlockSpec`."""
+
+    max_itr: int = 0
+    tolerance: float = 0.0
+
+
 class SideRefresh(NamedTuple):
     """The new estimate and what is reported about it, [B] each."""
 
@@ -39,6 +46,7 @@ def refresh_side(
     statistic: Tensors,
     basis_Bdr: Tensor,
     shares: EmaWeights,
+    products: Products = Products(),  # noqa: B008 - it cannot be changed
 ) -> SideRefresh:
     """Fold a side's statistic into its estimate.
 
@@ -50,6 +58,7 @@ def refresh_side(
         basis_Bdr: the Q that a sketch was taken against; for a dense statistic any basis, used to
             measure the innovation.
         shares: from `ema_weights`, [B].
+        products: of a dense statistic.
 
     Returns:
         The new estimate in the dtype of ``old``. Where the statistic is empty it is not meaningful
@@ -61,7 +70,7 @@ def refresh_side(
     count_B = torch.where(statistic["count"] > 0, statistic["count"], 1.0).double()
     if side.encoding == "dense":
         estimate, innovation_B = _fold_dense(
-            side, old, known, statistic, count_B, basis_Bdr, shares
+            side, old, known, statistic, count_B, basis_Bdr, shares, products
         )
     else:
         estimate, innovation_B = _fold_sketch(side, old, statistic, count_B, basis_Bdr, shares)
@@ -128,13 +137,14 @@ def _fold_dense(
     count_B: Tensor,
     basis_Bdr: Tensor,
     shares: EmaWeights,
+    products: Products,
 ) -> Folded:
     mean_Bdd = unpack_triangle(statistic["packed"].double() / count_B[:, None], side.dim)
     a, b = shares.old_share, shares.new_share
     old64 = old.double()
     folded_Bdd = a[:, None, None] * old64.dense() + b[:, None, None] * mean_Bdd
-    passes = torch.where(known, 1, FIRST_PASSES)
-    U_Bdr, lam_Br = power_eigenpairs(folded_Bdd, old.U_dr, passes)
+    passes = torch.where(known, products.max_itr or 1, products.max_itr or FIRST_PASSES)
+    U_Bdr, lam_Br = power_eigenpairs(folded_Bdd, old.U_dr, passes, products.tolerance)
     diag_Bd = folded_Bdd.diagonal(dim1=-2, dim2=-1)
     trace_B = a * old64.trace + b * mean_Bdd.diagonal(dim1=-2, dim2=-1).sum(-1)
     estimate = complete(U_Bdr, lam_Br, side.tail, trace_B, diag_Bd)

@@ -31,13 +31,17 @@ def power_pass(M_dd: Tensor, Q_dr: Tensor) -> Tensor:
     return Q_next_dr
 
 
-def power_eigenpairs(M_dd: Tensor, Q_dr: Tensor, passes: Tensor | int = 1) -> Eigenpairs:
+def power_eigenpairs(
+    M_dd: Tensor, Q_dr: Tensor, passes: Tensor | int = 1, tolerance: float = 0.0
+) -> Eigenpairs:
     """The r leading eigenpairs of M, approximately (exactly where r = d).
 
     Args:
         M_dd: [..., d, d], symmetric positive semidefinite.
         Q_dr: the basis to start from [..., d, r], orthonormal columns.
         passes: products with M, 1 or more; a tensor [...] of them per batch entry.
+        tolerance: the last product follows where the one before has moved the basis by less,
+            ‖(I − Q Qᵀ) Q_next‖_F; 0: all passes are made.
 
     Returns:
         U in the dtype of ``Q_dr``; lam in float64, descending.
@@ -57,6 +61,13 @@ def power_eigenpairs(M_dd: Tensor, Q_dr: Tensor, passes: Tensor | int = 1) -> Ei
     wanted = torch.as_tensor(passes, device=M_dd.device).expand(M_dd.shape[:-2])
     Q64_dr = Q_dr.double()
     for done in range(1, int(wanted.max())):
-        Q64_dr = torch.where((wanted > done)[..., None, None], power_pass(M_dd, Q64_dr), Q64_dr)
+        next_dr = power_pass(M_dd, Q64_dr)
+        moves = wanted > done
+        if tolerance > 0:
+            moved = torch.linalg.matrix_norm(next_dr - Q64_dr @ (Q64_dr.mT @ next_dr))
+            wanted = torch.where(moved < tolerance, done, wanted)
+        Q64_dr = torch.where(moves[..., None, None], next_dr, Q64_dr)
+        if not bool((wanted > done).any()):
+            break
     # In Q's dtype, so that the shift outweighs the rounding of what M was summed from.
     return nystrom((M_dd @ Q64_dr).to(Q_dr.dtype), Q64_dr)

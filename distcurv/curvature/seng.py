@@ -16,6 +16,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+_MOST_PRODUCTS = 1 << 24  # float64, held at once
+
 
 class Samples(NamedTuple):
     """Samples' gradients M_n = sum_s g_ns a_nsᵀ, as their factors."""
@@ -34,10 +36,13 @@ class Draw(NamedTuple):
 def truncated(samples: Samples, rank: int) -> Samples:
     """At most ``rank`` positions: with g_n = U Σ Vᵀ, the rank-r part's Σ Vᵀ as g and Uᵀ a as a.
 
-    The same M_n where g_n has no more than that rank."""
+    The same M_n where g_n has no more than that rank; NaN where a g_n is not finite."""
     if samples.g_NSO.shape[1] <= rank:
         return samples
-    U, sizes, Vh = torch.linalg.svd(samples.g_NSO, full_matrices=False)
+    # The decomposition would raise, and on one rank alone.
+    finite = samples.g_NSO.isfinite().all()
+    U, sizes, Vh = torch.linalg.svd(torch.where(finite, samples.g_NSO, 0.0), full_matrices=False)
+    sizes = torch.where(finite, sizes, torch.nan)
     r = min(rank, sizes.shape[-1])
     return Samples(U[..., :r].mT @ samples.a_NSI, sizes[:, :r, None] * Vh[:, :r])
 
@@ -78,7 +83,14 @@ def kernel(samples: Samples) -> Tensor:
     """The inner products ⟨M_n, M_m⟩ = sum_st (a_ns·a_mt)(g_ns·g_mt), float64 [N, N]."""
     N, S = samples.a_NSI.shape[:2]
     a, g = (part.double().flatten(0, 1) for part in samples)
-    return ((a @ a.mT) * (g @ g.mT)).view(N, S, N, S).sum((1, 3))
+    # Between all positions there are (NS)² products: a strip of them at a time.
+    strip = max(1, _MOST_PRODUCTS // max(1, N * S * S))
+    rows = []
+    for first in range(0, max(N, 1), strip):
+        part = slice(first * S, (first + strip) * S)
+        both = (a[part] @ a.mT) * (g[part] @ g.mT)
+        rows.append(both.view(min(strip, N - first), S, N, S).sum((1, 3)))
+    return torch.cat(rows)
 
 
 def products(samples: Samples, grad_OI: Tensor) -> Tensor:

@@ -25,6 +25,7 @@ ENCODINGS = ("sketch", "dense", *RANKLESS)
 SIDE_NAMES = ("A", "G")  # input side, output side: prefixes of the names in a layout
 ONE_SIDE = "F"  # the prefix where a block has one side alone
 MOST_SIDES = 8  # of a tensor of more than two dimensions: one side for each, M0, M1, ...
+MOST_PRODUCTS = 10_000  # in one refresh: a worker has others to serve
 
 Tensors = dict[str, Tensor]
 
@@ -93,6 +94,9 @@ class BlockSpec:
         relative_damping: damping is a multiple of the mean eigenvalue instead of absolute.
         power: what the inverse of each side's damped factor is raised to, > 0; other than 1 for
             the kind ``shampoo`` alone.
+        max_itr: products with a dense factor in one refresh of kind ``lowrank``, at most; 0: one,
+            and two for the first version.
+        tolerance: they end where the basis moves by less, see `power_eigenpairs`.
     """
 
     name: str
@@ -102,6 +106,8 @@ class BlockSpec:
     damping: float = 0.0
     relative_damping: bool = False
     power: float = 1.0
+    max_itr: int = 0
+    tolerance: float = 0.0
 
     def __post_init__(self) -> None:
         if not 1 <= len(self.sides) <= MOST_SIDES:
@@ -126,6 +132,11 @@ class BlockSpec:
             )
         if not 0.0 < self.power < math.inf:
             raise ShapeError(f"BlockSpec {self.name!r} has power {self.power}: give a number > 0")
+        if not 0 <= self.max_itr <= MOST_PRODUCTS or not 0.0 <= self.tolerance < math.inf:
+            raise ShapeError(
+                f"BlockSpec {self.name!r} has max_itr {self.max_itr} and tolerance "
+                f"{self.tolerance}: give numbers >= 0, max_itr at most {MOST_PRODUCTS}"
+            )
 
     def named_sides(self) -> Iterator[tuple[str, SideSpec]]:
         """The sides with their prefixes: A before G, F where there is one side, or M0, M1, ..."""
@@ -144,6 +155,8 @@ class BlockSpec:
             self.damping,
             self.relative_damping,
             self.power,
+            self.max_itr,
+            self.tolerance,
         )
 
     def to_fields(self) -> dict[str, object]:

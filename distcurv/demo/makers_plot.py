@@ -29,7 +29,7 @@ def draw_makers(path: Path, summary: dict[str, Any], trainings: Mapping[str, Tra
         summary: of `distcurv.demo.makers_report.summarise_makers`.
         trainings: by the maker's name.
     """
-    figure = Figure(figsize=(12, 5), layout="constrained")
+    figure = Figure(figsize=(13.5, 5), layout="constrained")
     FigureCanvasAgg(figure)
     by_step, by_second = figure.subplots(1, 2, sharey=True)
     ours = [name for name in trainings if name not in BASELINES]
@@ -45,10 +45,12 @@ def draw_makers(path: Path, summary: dict[str, Any], trainings: Mapping[str, Tra
         draw_curve(by_step, range(1, len(losses) + 1), losses, label, colours[name])
         draw_curve(by_second, seconds, losses, label, colours[name])
     dress(by_step, by_second, summary["loss_unit"])
-    by_second.get_legend().remove()
     for axes in (by_step, by_second):
+        axes.get_legend().remove()
         axes.set_ylim(top=1.15 * start)
     by_second.set_xscale("log")
+    # Beside the panels: over them it would hide the curves of what starts slowly.
+    figure.legend(*by_step.get_legend_handles_labels(), loc="outside right upper")
     figure.suptitle(
         f"{summary['task']}: {summary['steps']} steps, one process, curvature workers "
         f"{summary['workers']}, seed {summary['seed']}"

@@ -67,8 +67,12 @@ def makers_table(summary: dict[str, Any]) -> Table:
     table.add_column("")
     for title in ("lr", f"final loss ({summary['loss_unit']})", "ms/step, median", "mean", "s"):
         table.add_column(title, justify="right")
+    if summary["workers"]:
+        table.add_column("versions (of workers)", justify="right")
     for name, row in summary["makers"].items():
         final = row["final_loss"]
+        made, by_worker = row["versions_installed"], row["versions_from_workers"]
+        served = "-" if made is None else f"{made} ({by_worker})"
         table.add_row(
             name,
             f"{row['lr']:g}",
@@ -76,5 +80,6 @@ def makers_table(summary: dict[str, Any]) -> Table:
             f"{row['median_step_ms']:.2f}",
             f"{row['mean_step_ms']:.2f}",
             f"{row['seconds']:.2f}",
+            *([served] if summary["workers"] else []),
         )
     return table

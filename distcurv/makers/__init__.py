@@ -2,16 +2,12 @@
 
 from distcurv.makers.curve_ball import CurveBallGradientConfig, CurveBallGradientMaker
 from distcurv.makers.dummy_object import DummyObject
+from distcurv.makers.fisher_arguments import FISHER_EMP, FISHER_EXACT, FISHER_MC
 from distcurv.makers.grad_maker import LOSS_CROSS_ENTROPY, LOSS_MSE, GradientMaker
 from distcurv.makers.kfac import KfacGradientMaker
 from distcurv.makers.kron_bfgs import KronBfgsGradientMaker
 from distcurv.makers.kron_psgd import KronPsgdGradientMaker
-from distcurv.makers.natural_gradient import (
-    FISHER_EMP,
-    FISHER_EXACT,
-    FISHER_MC,
-    NaturalGradientMaker,
-)
+from distcurv.makers.natural_gradient import NaturalGradientMaker
 from distcurv.makers.natural_shapes import (
     DiagNaturalGradientMaker,
     EkfacGradientMaker,
@@ -28,10 +24,22 @@ from distcurv.makers.schedule import (
     INTERVAL_CONSTANT,
     INTERVAL_LINEAR,
     INTERVAL_STEP,
+    INTERVAL_TYPES,
     get_update_schedule,
 )
 from distcurv.makers.seng import SengGradientMaker
 from distcurv.makers.shampoo import ShampooGradientMaker
+from distcurv.makers.shapes import (
+    SHAPE_DIAG,
+    SHAPE_FULL,
+    SHAPE_KFE,
+    SHAPE_KRON,
+    SHAPE_KRON_DENSE,
+    SHAPE_KRON_EIGEN,
+    SHAPE_LAYER_WISE,
+    SHAPE_SWIFT_KRON,
+    SHAPE_UNIT_WISE,
+)
 from distcurv.makers.smw import SmwEmpNaturalGradientConfig, SmwEmpNaturalGradientMaker
 from distcurv.makers.soap import SoapGradientMaker
 
@@ -42,8 +50,18 @@ __all__ = [
     "INTERVAL_CONSTANT",
     "INTERVAL_LINEAR",
     "INTERVAL_STEP",
+    "INTERVAL_TYPES",
     "LOSS_CROSS_ENTROPY",
     "LOSS_MSE",
+    "SHAPE_DIAG",
+    "SHAPE_FULL",
+    "SHAPE_KFE",
+    "SHAPE_KRON",
+    "SHAPE_KRON_DENSE",
+    "SHAPE_KRON_EIGEN",
+    "SHAPE_LAYER_WISE",
+    "SHAPE_SWIFT_KRON",
+    "SHAPE_UNIT_WISE",
     "CurveBallGradientConfig",
     "CurveBallGradientMaker",
     "DiagNaturalGradientMaker",

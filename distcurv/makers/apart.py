@@ -1,8 +1,8 @@
 """Runs of the user's model apart from training, for derivatives.
 
 Buffers are left as they are, DistributedDataParallel does not start its reductions, compiled code
-runs eagerly and attention by its plain formula: neither of the last two can be differentiated
-twice otherwise.
+runs eagerly, attention by its plain formula and recurrent layers without cuDNN: none of the last
+three can be differentiated twice otherwise.
 """
 
 from __future__ import annotations
@@ -43,7 +43,8 @@ def run_apart(
 
 @contextmanager
 def apart(model: nn.Module, function: object) -> Iterator[None]:
-    """While this lasts, compiled code is eager and wrappers' forward is that of what they wrap."""
+    """While this lasts, compiled code is eager, cuDNN runs no recurrent layer, and a wrapper's
+    forward is that of what it wraps."""
     release = hold_eager()
     roots = [model, function, getattr(function, "__self__", None)]
     wrappers = {
@@ -55,13 +56,25 @@ def apart(model: nn.Module, function: object) -> Iterator[None]:
     }
     for wrapper in wrappers.values():
         vars(wrapper)["forward"] = wrapper.module
+    recurrent = any(isinstance(m, nn.RNNBase) for m in bare_model(model).modules())
     try:
-        with sdpa_kernel(SDPBackend.MATH), torch.enable_grad():
+        with sdpa_kernel(SDPBackend.MATH), torch.enable_grad(), _cudnn(off=recurrent):
             yield
     finally:
         for wrapper in wrappers.values():
             del vars(wrapper)["forward"]
         release()
+
+
+@contextmanager
+def _cudnn(*, off: bool) -> Iterator[None]:
+    """Off only where it must be: convolutions are slow without it."""
+    before = torch.backends.cudnn.enabled
+    torch.backends.cudnn.enabled = before and not off
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.enabled = before
 
 
 class _Caller(nn.Module):

@@ -17,8 +17,9 @@ paper, or the Hessian itself.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -28,6 +29,7 @@ from distcurv.makers.derivatives import Tensors, flat, gradient, pulled, pushed,
 from distcurv.makers.every_step import check_every_step, check_no_average
 from distcurv.makers.preconditioned import PreconditionedGradientMaker
 from distcurv.makers.preconditioning_config import PreconditioningConfig
+from distcurv.makers.saved_tensors import fitting_tensors
 
 GAUSS_NEWTON, HESSIAN = "gauss_newton", "hessian"
 
@@ -155,6 +157,15 @@ class CurveBallGradientMaker(PreconditionedGradientMaker):
             return pulled([logits], params, pulled([slope], [logits], moved))
 
         return product
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Continue from a `state_dict` of the same maker for the same model; raises `StateError`
+        for another one."""
+        named = self.chosen_parameters()
+        shapes = {f"momentum.{name}": tuple(p.shape) for name, p in named.items()}
+        device = next(iter(named.values())).device
+        tensors = fitting_tensors(state_dict, shapes, (), device, type(self).__name__)
+        super().load_state_dict({"step": state_dict.get("step"), **tensors})
 
 
 def best_coefficients(

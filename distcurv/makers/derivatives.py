@@ -78,9 +78,21 @@ def dense(outputs: Sequence[Tensor], params: Sequence[Tensor]) -> Tensor:
             part.view(len(chosen), *y.shape)
             for part, y in zip(unit.split(sizes, 1), outputs, strict=True)
         ]
-        block = pulled(outputs, params, cotangents, batched=True)
-        rows.append(torch.cat([part.flatten(1) for part in block], 1))
+        block = _pulled_rows(outputs, params, cotangents)
+        rows.append(torch.cat([part.reshape(len(chosen), -1) for part in block], 1))
     return torch.cat(rows)
+
+
+def _pulled_rows(
+    outputs: Sequence[Tensor], params: Sequence[Tensor], cotangents: Sequence[Tensor]
+) -> Tensors:
+    """`pulled` with ``batched``, also where torch cannot batch a backward (the second one of
+    GroupNorm, say): one row at a time, which raises again whatever else was wrong."""
+    try:
+        return pulled(outputs, params, cotangents, batched=True)
+    except RuntimeError:
+        rows = [pulled(outputs, params, row) for row in zip(*cotangents, strict=True)]
+        return tuple(torch.stack(parts) for parts in zip(*rows, strict=True))
 
 
 def flat(tensors: Sequence[Tensor]) -> Tensor:
@@ -92,7 +104,7 @@ def shaped(vector: Tensor, like: Sequence[Tensor]) -> Tensors:
     """The inverse of `flat`; dimensions before the last stay in front."""
     parts = vector.split([tensor.numel() for tensor in like], -1)
     return tuple(
-        part.reshape(*vector.shape[:-1], *tensor.shape)
+        part.reshape(vector.shape[:-1] + tensor.shape)
         for part, tensor in zip(parts, like, strict=True)
     )
 

@@ -132,6 +132,8 @@ class DummyObject:
     __mod__, __rmod__ = _binary(operator.mod), _reflected(operator.mod)
     __pow__, __rpow__ = _binary(operator.pow), _reflected(operator.pow)
     __matmul__, __rmatmul__ = _binary(operator.matmul), _reflected(operator.matmul)
+    __lshift__, __rlshift__ = _binary(operator.lshift), _reflected(operator.lshift)
+    __rshift__, __rrshift__ = _binary(operator.rshift), _reflected(operator.rshift)
     __and__, __rand__ = _binary(operator.and_), _reflected(operator.and_)
     __or__, __ror__ = _binary(operator.or_), _reflected(operator.or_)
     __xor__, __rxor__ = _binary(operator.xor), _reflected(operator.xor)

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import grad, vmap
 from torch.nn import functional as F
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from distcurv.errors import ConfigError, ShapeError, StateError
 from distcurv.makers.apart import run_apart
@@ -51,11 +52,14 @@ class Functional(Calls):
         Args:
             chunk_size: as many samples at once; None: all.
 
-        Raises `ConfigError` and `ShapeError` for arguments that cannot be cut.  What mixes samples
-        (BatchNorm in training) is refused by torch."""
+        Recurrent layers, which vmap cannot run, have their samples one after the other.
+
+        Raises `ConfigError` and `ShapeError` for arguments that cannot be cut, and `StateError`
+        for a model that mixes samples: BatchNorm with the batch's statistics."""
         model_fn = self._model_call()
         self._check_loss()
         self._require_trained()
+        self._require_single_samples()
         model_call = BatchedCall(
             self._model_vmap_info, self._model_args, self._model_kwargs, "model"
         )
@@ -69,6 +73,8 @@ class Functional(Calls):
                 "of the model call: pass the inputs as arguments, or see setup_model_vmap_info"
             )
         trained = [(n, p) for n, p in bare_model(self.model).named_parameters() if p.requires_grad]
+        if samples == 0:  # which vmap refuses
+            return tuple(p.new_zeros(0, *p.shape) for _, p in trained)
         names = [name for name, _ in trained]
 
         def loss_of_one(params: Tensors, inputs: list[Tensor], targets: list[Tensor]) -> Tensor:
@@ -77,18 +83,23 @@ class Functional(Calls):
             loss: Tensor = self._loss_with(output, *loss_call.of_one(targets))
             return loss
 
-        dims = (None, model_call.in_dims, loss_call.in_dims)
+        start = tuple(p.detach() for _, p in trained)
+        inputs, targets = model_call.tensors(samples), loss_call.tensors(samples)
+        dims = (model_call.in_dims, loss_call.in_dims)
+        if any(isinstance(m, nn.RNNBase) for m in bare_model(self.model).modules()):
+            of_one = grad(loss_of_one)
+            rows = [
+                of_one(start, _picked(inputs, dims[0], n), _picked(targets, dims[1], n))
+                for n in range(samples)
+            ]
+            return tuple(torch.stack(parts) for parts in zip(*rows, strict=True))
         # vmap wants a dimension for each argument that has a tensor, and none for an empty list.
         result: Tensors = vmap(
             grad(loss_of_one),
-            in_dims=tuple(dim if dim != [] else None for dim in dims),
+            in_dims=(None, *(dim if dim != [] else None for dim in dims)),
             randomness="different",
             chunk_size=chunk_size,
-        )(
-            tuple(p.detach() for _, p in trained),
-            model_call.tensors(samples),
-            loss_call.tensors(samples),
-        )
+        )(start, inputs, targets)
         return result
 
     def loss_hessian(self) -> tuple[Tensors, ...]:
@@ -178,13 +189,22 @@ class Functional(Calls):
         products = pulled([logits], params, [product / size])
         return (products, logits.detach()) if return_model_output else products
 
-    def nvp(self, cotangents: Tensor | None = None, return_model_output: bool = False) -> Any:
+    def nvp(
+        self,
+        cotangents: Tensor | Sequence[Tensor] | None = None,
+        return_model_output: bool = False,
+    ) -> Any:
         """The neural tangent kernel J Jᵀ times ``cotangents`` (by default random normal), of the
-        shape of the logits; with ``return_model_output`` (product, logits)."""
+        shape of the logits, alone or, as in ASDL, as a sequence of one; with
+        ``return_model_output`` (product, logits)."""
         logits = self.run_logits()
         params = self.trained
         if cotangents is None:
             cotangents = torch.randn_like(logits)
+        elif not isinstance(cotangents, Tensor):
+            if len(cotangents) != 1:
+                raise ShapeError(f"nvp got {len(cotangents)} cotangents: give one, of the logits")
+            (cotangents,) = cotangents
         if cotangents.shape != logits.shape:
             raise ShapeError(
                 f"cotangents have the shape {tuple(cotangents.shape)}: the logits "
@@ -228,6 +248,15 @@ class Functional(Calls):
                 f"{type(self).__name__}: the model has no trained parameter; call requires_grad_()"
             )
 
+    def _require_single_samples(self) -> None:
+        for name, module in bare_model(self.model).named_modules():
+            if isinstance(module, _BatchNorm) and (module.training or module.running_mean is None):
+                raise StateError(
+                    f"{type(self).__name__}: the {type(module).__name__} "
+                    f"{name or '(the model)'} takes its statistics from the batch, so samples have "
+                    "no gradients of their own: call eval() on it, with running statistics"
+                )
+
     def _tangents(self, tangents: Sequence[Tensor] | None) -> Tensors:
         params = self.trained
         if tangents is None:
@@ -237,3 +266,7 @@ class Functional(Calls):
         if shapes != wanted:
             raise ShapeError(f"tangents have the shapes {shapes}: the trained parameters {wanted}")
         return tuple(tangents)
+
+
+def _picked(tensors: Sequence[Tensor], dims: Sequence[int], sample: int) -> list[Tensor]:
+    return [tensor.select(dim, sample) for tensor, dim in zip(tensors, dims, strict=True)]

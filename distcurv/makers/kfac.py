@@ -5,8 +5,9 @@ from __future__ import annotations
 from torch import nn
 
 from distcurv.errors import ConfigError
+from distcurv.makers.fisher_arguments import FISHER_MC
 from distcurv.makers.grad_maker import LOSS_CROSS_ENTROPY
-from distcurv.makers.natural_gradient import FISHER_MC, NaturalGradientMaker
+from distcurv.makers.natural_gradient import NaturalGradientMaker
 from distcurv.makers.preconditioning_config import PreconditioningConfig
 from distcurv.makers.shapes import SHAPE_KRON, SHAPE_KRON_EIGEN, SHAPE_SWIFT_KRON
 

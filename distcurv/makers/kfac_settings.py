@@ -93,6 +93,8 @@ def kfac_config(
         damping_form=config.damping_form,
         tail_in=config.tail_in,
         tail_out=config.tail_out,
+        max_itr=config.max_itr,
+        tolerance=config.tolerance,
         kl_clip=config.kl_clip,
         lr=config.lr,
         graft=config.graft,

@@ -10,7 +10,6 @@ Sources: Amari 1998, "Natural Gradient Works Efficiently in Learning"; Martens a
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from typing import Any
@@ -21,7 +20,14 @@ from torch import Tensor, nn
 
 from distcurv.errors import ConfigError, StateError
 from distcurv.makers.dummy_object import evaluate
-from distcurv.makers.grad_maker import LOSS_CROSS_ENTROPY, LOSS_MSE
+from distcurv.makers.fisher_arguments import (
+    FISHER_EMP,
+    FISHER_EXACT,
+    FISHER_MC,
+    FISHER_TYPES,
+    check_arguments,
+)
+from distcurv.makers.grad_maker import LOSS_CROSS_ENTROPY
 from distcurv.makers.kfac_settings import Newest, in_step_blocks, kfac_config
 from distcurv.makers.loss_reading import FixedCount, LossCall, for_sampling, read_call
 from distcurv.makers.preconditioned import PreconditionedGradientMaker
@@ -29,14 +35,9 @@ from distcurv.makers.preconditioning_config import PreconditioningConfig
 from distcurv.makers.shapes import SHAPE_FULL, Assignment, Rule
 from distcurv.makers.swift import SwiftKron
 from distcurv.train.capture import Capture
-from distcurv.train.discover import find_layer_blocks
+from distcurv.train.discover import bare_model, find_layer_blocks
 from distcurv.train.log import Record
 from distcurv.train.preconditioner import Preconditioner
-
-FISHER_EXACT = "fisher_exact"
-FISHER_MC = "fisher_mc"
-FISHER_EMP = "fisher_emp"
-FISHER_TYPES = {FISHER_EMP: "empirical", FISHER_MC: "mc", FISHER_EXACT: "exact"}
 
 
 class NaturalGradientMaker(PreconditionedGradientMaker):
@@ -84,7 +85,7 @@ class NaturalGradientMaker(PreconditionedGradientMaker):
         seed: int | None = None,
     ) -> None:
         super().__init__(model, config)
-        _check(fisher_type, loss_type, scale, grad_scale, n_mc_samples, var, seed)
+        check_arguments(fisher_type, loss_type, scale, grad_scale, n_mc_samples, var, seed)
         self.fisher_type = fisher_type
         self.fisher_shape = fisher_shape
         self.loss_type = loss_type
@@ -95,14 +96,18 @@ class NaturalGradientMaker(PreconditionedGradientMaker):
         self.seed = seed
         assignment = Assignment(fisher_shape)
         found, _ = find_layer_blocks(model, tuple(config.ignore_modules or ()))  # type: ignore[arg-type]
-        assignment.check(found)
+        assignment.check(bare_model(model), found)
         own = in_step_blocks(assignment, found)
+        if own:
+            self.refuse_sharded()
         settings = kfac_config(
             config, assignment, own, fisher_type=FISHER_TYPES[fisher_type], scale=scale
         )
         self.preconditioner: Preconditioner | None = None
         if len(own) < len(found) or not own:
             self.preconditioner = Preconditioner(model, settings, workers=config.workers)
+            # What runs apart from `forward_and_backward` is no part of the statistics.
+            self.preconditioner.source.wait_to_be_told()
         self.served = self.preconditioner is not None
         self._swift: SwiftKron | None = None
         if own:
@@ -126,6 +131,8 @@ class NaturalGradientMaker(PreconditionedGradientMaker):
 
     def startup(self) -> None:
         """Watch the forward where this step takes statistics."""
+        if self.preconditioner is not None:
+            self.preconditioner.source.begin_step()
         if self._swift is not None and self.do_update_curvature(self.state["step"]):
             self._swift.arm()
 
@@ -157,8 +164,8 @@ class NaturalGradientMaker(PreconditionedGradientMaker):
     @property
     def _captures(self) -> list[Capture]:
         """What is told of the loss."""
-        parts = (self.preconditioner, self._swift)
-        return [part.capture for part in parts if part is not None]
+        served = None if self.preconditioner is None else self.preconditioner.source
+        return [part.capture for part in (served, self._swift) if part is not None]
 
     def _observe(self) -> None:
         """Tell what the loss is, and draw."""
@@ -237,11 +244,12 @@ class NaturalGradientMaker(PreconditionedGradientMaker):
                 f"this state_dict has the entries {sorted(state_dict)}: it is not of a "
                 f"{type(self).__name__} with the fisher_shape {self.fisher_shape!r}"
             )
+        if self._swift is not None:
+            self._swift.load(state_dict["swift"])
         if self.preconditioner is not None and served is not None:
             self.preconditioner.load_state_dict(served)
         super().load_state_dict({k: v for k, v in state_dict.items() if k != "preconditioner"})
         if self._swift is not None:
-            self._swift.load(self.state["swift"])
             self.state["swift"] = self._swift.state
 
     # -- what can be asked ----------------------------------------------------------------
@@ -272,29 +280,3 @@ class NaturalGradientMaker(PreconditionedGradientMaker):
         for part in (self.preconditioner, self._swift):
             if part is not None:
                 part.close()
-
-
-def _check(
-    fisher_type: str,
-    loss_type: str,
-    scale: float,
-    grad_scale: float,
-    n_mc_samples: int,
-    var: float,
-    seed: int | None,
-) -> None:
-    for name, value, words in (
-        ("fisher_type", fisher_type, tuple(FISHER_TYPES)),
-        ("loss_type", loss_type, (LOSS_CROSS_ENTROPY, LOSS_MSE)),
-    ):
-        if value not in words:
-            raise ConfigError(f"{name} is {value!r}: use one of {', '.join(words)}")
-    for name, number in (("scale", scale), ("var", var)):
-        if not (0 < number < math.inf):
-            raise ConfigError(f"{name} is {number!r}: give a number > 0")
-    if not math.isfinite(grad_scale) or grad_scale == 0:
-        raise ConfigError(f"grad_scale is {grad_scale!r}: give a number other than 0")
-    if not isinstance(n_mc_samples, int) or n_mc_samples < 1:
-        raise ConfigError(f"n_mc_samples is {n_mc_samples!r}: give an integer >= 1")
-    if seed is not None and (not isinstance(seed, int) or seed < 0):
-        raise ConfigError(f"seed is {seed!r}: give an integer >= 0, or None")

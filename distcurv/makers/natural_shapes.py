@@ -7,7 +7,8 @@ from typing import Any
 
 from torch import nn
 
-from distcurv.makers.natural_gradient import FISHER_EMP, FISHER_MC, NaturalGradientMaker
+from distcurv.makers.fisher_arguments import FISHER_EMP, FISHER_MC
+from distcurv.makers.natural_gradient import NaturalGradientMaker
 from distcurv.makers.preconditioning_config import PreconditioningConfig
 from distcurv.makers.shapes import (
     SHAPE_DIAG,

@@ -7,7 +7,9 @@ downhill.  P² numbers and P³ operations for P parameters: for small models.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +18,7 @@ from distcurv.errors import NumericsError
 from distcurv.makers.derivatives import dense, flat, gradient, shaped
 from distcurv.makers.preconditioned import PreconditionedGradientMaker
 from distcurv.makers.preconditioning_config import PreconditioningConfig
+from distcurv.makers.saved_tensors import fitting_tensors
 
 
 @dataclass(frozen=True)
@@ -96,3 +99,13 @@ class NewtonGradientMaker(PreconditionedGradientMaker):
         solved = torch.linalg.lu_solve(self.state["lu"], self.state["pivots"], rhs).squeeze(-1)
         for parameter, part in zip(params, shaped(solved, params), strict=True):
             parameter.grad = part.to(parameter.dtype)
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Continue from a `state_dict` of the same maker for the same model; raises `StateError`
+        for another one."""
+        params = [*self.chosen_parameters().values()]
+        total = sum(p.numel() for p in params)
+        shapes = {"hessian": (total, total), "lu": (total, total), "pivots": (total,)}
+        who = type(self).__name__
+        tensors = fitting_tensors(state_dict, shapes, (), params[0].device, who)
+        super().load_state_dict({"step": state_dict.get("step"), **tensors})

@@ -18,6 +18,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils._pytree import tree_map
 
 from distcurv.errors import ConfigError, StateError
+from distcurv.layers.local_part import parameter_cut
 from distcurv.makers.grad_maker import GradientMaker
 from distcurv.makers.preconditioning_config import PreconditioningConfig
 from distcurv.train.discover import bare_model, ignored_ids, named_parameters
@@ -34,7 +35,8 @@ class PreconditionedGradientMaker(GradientMaker):
         served: whether the expensive part runs through the service.
         state: what `state_dict` holds: ``step`` and what the subclass adds, tensors by name.
 
-    Raises `ConfigError` for a config of another class or unusable ``ignore_modules``.
+    Raises `ConfigError` for a config of another class, unusable ``ignore_modules``, and for
+    ``accumulation`` or sharded parameters where curvature is of one batch.
     """
 
     served = False
@@ -50,16 +52,31 @@ class PreconditionedGradientMaker(GradientMaker):
         self.state: dict[str, Any] = {"step": 0}
         self._preconditioner_times = config.preconditioner_times()
         self._curvature_times = config.curvature_times()
+        self._micro_batches = 0  # of this step so far
         ignored_ids(bare_model(model), config.ignore_modules or ())
+        if config.accumulation > 1 and not self.served:
+            raise ConfigError(
+                f"PreconditioningConfig.accumulation is {config.accumulation}: the curvature of "
+                f"{type(self).__name__} is of one batch, leave it out"
+            )
+        if not self.served:
+            self.refuse_sharded()
 
     # -- the step -------------------------------------------------------------------------
 
     def forward_and_backward(self) -> tuple[Any, Tensor]:
-        """One training step's gradient, preconditioned, in ``.grad``: (output, loss)."""
+        """One training step's gradient, preconditioned, in ``.grad``: (output, loss).
+
+        With ``config.accumulation`` k a step takes k calls: all but the last add the plain gradient
+        to ``.grad``."""
         step = self.state["step"]
-        self.startup()
+        if self._micro_batches == 0:
+            self.startup()
         self.forward()
         self.backward()
+        self._micro_batches = (self._micro_batches + 1) % self.config.accumulation
+        if self._micro_batches:
+            return self._model_output, self._loss
         if self.do_update_curvature(step):
             self.update_curvature()
         if self.do_update_preconditioner(step):
@@ -115,13 +132,23 @@ class PreconditionedGradientMaker(GradientMaker):
                 "call requires_grad_() on the model, or ignore less"
             )
 
+    def refuse_sharded(self) -> None:
+        """Raise `ConfigError` where `fully_shard` has cut a parameter."""
+        for name, parameter in named_parameters(bare_model(self.model)):
+            if parameter_cut(parameter) is not None:
+                raise ConfigError(
+                    f"{type(self).__name__}: the parameter {name} is sharded; use "
+                    "DistributedDataParallel, or distcurv.Preconditioner or SoapGradientMaker, "
+                    "which take shards"
+                )
+
     # -- ranks ----------------------------------------------------------------------------
 
     @property
     def wrapper(self) -> DistributedDataParallel | None:
         """The DistributedDataParallel that the model is trained in: the maker's model, or what
-        `setup_model_call` was given."""
-        for module in (self.model, self._model_fn):
+        `setup_model_call` was given (it, or a method of it)."""
+        for module in (self.model, self._model_fn, getattr(self._model_fn, "__self__", None)):
             if isinstance(module, DistributedDataParallel):
                 return module
         return None
@@ -138,16 +165,20 @@ class PreconditionedGradientMaker(GradientMaker):
         wrapper = self.wrapper
         return 0 if wrapper is None else dist.get_rank(wrapper.process_group)
 
-    def rows_of_ranks(self, rows: int) -> list[int]:
-        """How many rows each rank has, in a collective."""
+    def numbers_of_ranks(self, numbers: Sequence[int]) -> list[list[int]]:
+        """These integers, as many on every rank, of each rank, in a collective."""
         wrapper = self.wrapper
         if wrapper is None or self.world_size == 1:
-            return [rows]
+            return [list(numbers)]
         device = next(self.model.parameters()).device
-        counts = [torch.zeros(1, dtype=torch.int64, device=device) for _ in range(self.world_size)]
-        own = torch.tensor([rows], dtype=torch.int64, device=device)
-        dist.all_gather(counts, own, group=wrapper.process_group)
-        return [int(count) for count in counts]
+        own = torch.tensor(numbers, dtype=torch.int64, device=device)
+        every = [torch.empty_like(own) for _ in range(self.world_size)]
+        dist.all_gather(every, own, group=wrapper.process_group)
+        return [found.tolist() for found in every]
+
+    def rows_of_ranks(self, rows: int) -> list[int]:
+        """How many rows each rank has, in a collective."""
+        return [count for (count,) in self.numbers_of_ranks([rows])]
 
     def gather_rows(self, tensor: Tensor, counts: Sequence[int]) -> Tensor:
         """The rows (dimension 0) of all ranks, rank after rank, in a collective; ``counts`` is what
@@ -193,6 +224,7 @@ class PreconditionedGradientMaker(GradientMaker):
                 f"{type(self).__name__} has 'step', a number of steps"
             )
         self.state = _copy(dict(state_dict))
+        self._micro_batches = 0  # the gradient of a begun step is not in a state
 
     def summary(self) -> str:
         """What is computed where."""

@@ -34,6 +34,7 @@ _MAY_BE_UNSET = (
     "install_delay",
     "max_rows",
     "early_steps",
+    "max_itr",
 )
 # Those of the service, which `KfacConfig` checks.
 _SERVICE = (
@@ -45,6 +46,8 @@ _SERVICE = (
     "damping_form",
     "tail_in",
     "tail_out",
+    "max_itr",
+    "tolerance",
     "encoding",
     "weight_sharing",
     "max_rows",
@@ -88,6 +91,7 @@ class PreconditioningConfig:
         ignore_modules: instances, classes or name substrings that are left alone.
         workers: ``0``/``"inline"``, ``"auto"`` or endpoints, for makers that are served.
         rank: low rank r of both sides; not set: full factors.
+        max_itr, tolerance: of the power iteration that finds them, see `distcurv.KfacConfig`.
         max_staleness, install_delay, link_timeout, ...: as in `distcurv.KfacConfig`, for makers
             that are served.
 
@@ -119,9 +123,11 @@ class PreconditioningConfig:
     damping_form: str = "absolute"
     tail_in: str = "isotropic"
     tail_out: str = "diagonal"
+    max_itr: int | None = None
+    tolerance: float = 0.0
     encoding: str = "auto"
     weight_sharing: str = "expand"
-    max_rows: int | None = None
+    max_rows: int | str | None = None
     accumulation: int = 1
     kl_clip: float | None = None
     lr: float | None = None
@@ -143,6 +149,8 @@ class PreconditioningConfig:
         for name in ("data_size", "rank"):
             value = getattr(self, name)
             self._require(name, value is None or _whole(value, 1), "give an integer >= 1, or None")
+        free = self.max_itr is None or self.rank is not None
+        self._require("max_itr", free, "it is of factors of low rank: give rank with it")
         self._require("damping", _number(self.damping) and self.damping > 0, "give a number > 0")
         ema = self.ema_decay
         self._require(

@@ -103,11 +103,12 @@ def _factors(module: nn.Module, x: Tensor, grad: Tensor) -> Samples:
         windows = layer.windows(module)
         everywhere = tuple(slice(None) for _ in grad.shape[2:])
         patches = windows.patches(windows.padded(x), everywhere)
-        a_NSI = patches.view(len(x), -1, patches.shape[-1])
+        a_NSI = patches.view(len(x), grad.shape[2:].numel(), patches.shape[-1])
         g_NSO = grad.flatten(2).mT
     else:
-        a_NSI = x.reshape(len(x), -1, x.shape[-1])
-        g_NSO = grad.reshape(len(x), -1, grad.shape[-1])
+        positions = x.shape[1:-1].numel()  # said, since of no samples it cannot be found
+        a_NSI = x.reshape(len(x), positions, x.shape[-1])
+        g_NSO = grad.reshape(len(x), positions, grad.shape[-1])
     if layer.trains_bias(module):
         a_NSI = torch.cat([a_NSI, a_NSI.new_ones(*a_NSI.shape[:2], 1)], 2)
     # Under autocast the two may differ, and no product should be in half precision.

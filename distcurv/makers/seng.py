@@ -7,11 +7,13 @@ layer, which are never formed, see `distcurv.curvature.seng`.
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Mapping
 from contextlib import nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import pad
 
 from distcurv.curvature.apply import AffineGradient
 from distcurv.curvature.seng import (
@@ -31,6 +33,7 @@ from distcurv.makers.every_step import check_no_average
 from distcurv.makers.preconditioned import PreconditionedGradientMaker
 from distcurv.makers.preconditioning_config import PreconditioningConfig
 from distcurv.makers.sample_factors import Catch, factored_layer
+from distcurv.makers.saved_tensors import fitting_tensors
 from distcurv.train.discover import bare_model, ignored_ids, named_modules
 
 _STEPS_PER_SEED = 1_000_003  # a prime: draws of other seeds come at other steps
@@ -102,18 +105,19 @@ class SengGradientMaker(PreconditionedGradientMaker):
     def update_curvature(self) -> None:
         """The samples' factors of all ranks: ``NAME.a`` [N, S, I] and ``NAME.g`` [N, S, O], scaled
         so that F_l is the sum over them."""
-        for name in self._modules:
-            samples = self._catch.samples(name)
-            if samples is None:
-                continue
-            count = len(samples.a_NSI)
-            size, undo = (self.config.data_size or count, count) if self.loss_is_mean else (1, 1)
-            scale = undo * (size * self.world_size) ** -0.5
-            a, g = truncated(samples, self.truncated_rank)
-            counts = self.rows_of_ranks(count)
-            self.state[f"{name}.a"] = self.gather_rows(a, counts)
-            self.state[f"{name}.g"] = self.gather_rows(g * scale, counts)
+        caught = {name: self._scaled(name) for name in self._modules}
         self._catch = Catch({})  # what was caught is large
+        own = [size for samples in caught.values() for size in samples.a_NSI.shape[:2]]
+        # A layer may have other positions on another rank, and no part at all on some.
+        of_ranks = self.numbers_of_ranks(own)
+        for i, (name, samples) in enumerate(caught.items()):
+            counts = [numbers[2 * i] for numbers in of_ranks]
+            positions = max(numbers[2 * i + 1] for numbers in of_ranks)
+            if not any(counts):
+                continue
+            for part, tensor in zip("ag", samples, strict=True):
+                padded = pad(tensor, (0, 0, 0, positions - tensor.shape[1]))
+                self.state[f"{name}.{part}"] = self.gather_rows(padded, counts)
 
     @torch.no_grad()
     def update_preconditioner(self) -> None:
@@ -154,9 +158,47 @@ class SengGradientMaker(PreconditionedGradientMaker):
             parts = AffineGradient(found[:, :inputs], found[:, inputs] if bias else None)
             layer.write_gradient(module, bias, parts)
 
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Continue from a `state_dict` of the same maker for the same model; raises `StateError`
+        for another one."""
+        shapes: dict[str, tuple[int, ...]] = {}
+        for name, module in self._modules.items():
+            layer = factored_layer(module)
+            assert layer is not None
+            dims = layer.dims(module, bias=layer.trains_bias(module))
+            a = state_dict.get(f"{name}.a")
+            held = tuple(a.shape[:2]) if isinstance(a, Tensor) else (0, 0)
+            shapes |= {f"{name}.{part}": (*held, d) for part, d in zip("ag", dims, strict=True)}
+            shapes[f"{name}.factor"] = (held[0], held[0])
+            for part in ("inputs", "outputs"):
+                drawn = state_dict.get(f"{name}.{part}")
+                shapes[f"{name}.{part}"] = (drawn.numel() if isinstance(drawn, Tensor) else 0,)
+        # Where all coordinates are read there is None in place of the drawn ones.
+        whole = {key: None for key, value in state_dict.items() if value is None and key in shapes}
+        given = {key: value for key, value in state_dict.items() if key not in whole}
+        device = next(iter(self._modules.values())).get_parameter("weight").device
+        tensors = fitting_tensors(given, shapes, (), device, type(self).__name__)
+        super().load_state_dict({"step": state_dict.get("step"), **tensors, **whole})
+
     def summary(self) -> str:
         """What is computed where, and for which modules."""
         return f"{super().summary()}; {len(self._modules)} layers: {', '.join(self._modules)}"
+
+    def _scaled(self, name: str) -> Samples:
+        """This rank's truncated factors, scaled; no samples where the layer had no part."""
+        samples = self._catch.samples(name)
+        if samples is None:
+            module = self._modules[name]
+            layer = factored_layer(module)
+            assert layer is not None
+            dims = layer.dims(module, bias=layer.trains_bias(module))
+            weight = module.get_parameter("weight")
+            empty = weight.new_zeros(0, dtype=torch.promote_types(weight.dtype, torch.float32))
+            return Samples(*(empty.view(0, 0, d) for d in dims))
+        count = len(samples.a_NSI)
+        size, undo = (self.config.data_size or count, count) if self.loss_is_mean else (1, 1)
+        a, g = truncated(samples, self.truncated_rank)
+        return Samples(a, g * (undo * (max(size, 1) * self.world_size) ** -0.5))
 
     def _samples(self, name: str) -> Samples | None:
         a, g = self.state.get(f"{name}.a"), self.state.get(f"{name}.g")

@@ -51,7 +51,8 @@ def is_inline(config: PreconditioningConfig) -> bool:
 
 def refuse_unused(config: PreconditioningConfig, maker: str, why: str) -> None:
     """Raise `ConfigError` where a config asks for what the maker does not have."""
-    for name, default in (("kl_clip", None), ("graft", False), ("overrides", ())):
+    unused = (("kl_clip", None), ("graft", False), ("overrides", ()), ("max_itr", None))
+    for name, default in unused:
         value = getattr(config, name)
         if value != default:
             raise ConfigError(f"PreconditioningConfig.{name} is {value!r}: {maker} has none; {why}")

@@ -24,7 +24,6 @@ from distcurv.curvature.modes import apply_modes, encode_modes
 from distcurv.curvature.norm_rule import graft_scale
 from distcurv.curvature.precision import full_float32
 from distcurv.errors import ConfigError, StateError
-from distcurv.layers.local_part import parameter_cut
 from distcurv.makers.preconditioned import PreconditionedGradientMaker
 from distcurv.makers.preconditioning_config import PreconditioningConfig
 from distcurv.makers.service_settings import refuse_unused, service_settings
@@ -97,12 +96,7 @@ class ShampooGradientMaker(PreconditionedGradientMaker):
             accumulate = "sum" if config.ema_decay is None else "ema"
         self._decay = 1.0 if accumulate == "sum" else 1.0 - (config.ema_decay or 1.0)
         params = self.chosen_parameters()
-        for name, param in params.items():
-            if parameter_cut(param) is not None:
-                raise ConfigError(
-                    f"ShampooGradientMaker: the parameter {name} is sharded; use "
-                    "DistributedDataParallel, or distcurv.optim.LowRankSOAP, which takes shards"
-                )
+        self.refuse_sharded()
         if not params:
             raise ConfigError("ShampooGradientMaker: the model has no parameter to precondition")
         self._matrices = {n: p for n, p in params.items() if p.dim() > 1 and p.numel() > 0}

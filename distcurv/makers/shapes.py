@@ -138,8 +138,24 @@ class Assignment:
                 return shape
         return self._default
 
-    def check(self, found: Sequence[FoundLayer]) -> None:
-        """Raise `ConfigError` where a block cannot have the shape that it is assigned."""
+    def check(self, model: nn.Module, found: Sequence[FoundLayer]) -> None:
+        """Raise `ConfigError` where a block cannot have the shape that it is assigned, and for an
+        instance that a rule names in vain: one of another model, or with layers inside.
+
+        Args:
+            found: the model's blocks."""
+        blocks = {id(layer.module) for layer in found}
+        modules = {id(module) for module in model.modules()}
+        for key, shape in self._pairs:
+            if not isinstance(key, nn.Module):
+                continue
+            inside = any(id(m) in blocks for m in key.modules() if m is not key)
+            if id(key) not in modules or (inside and id(key) not in blocks):
+                what = "has layers inside" if id(key) in modules else "is not in the model"
+                raise ConfigError(
+                    f"fisher_shape has a rule ({shape!r}) for a {type(key).__name__} that {what}: "
+                    "give the layer itself, or a part of its name"
+                )
         for layer in found:
             name = self.of(layer.name, layer.module)
             if name is None:

@@ -7,7 +7,9 @@ By Sherman, Morrison and Woodbury only an N x N system is solved, see
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +18,7 @@ from distcurv.curvature.woodbury import within_span
 from distcurv.makers.every_step import check_every_step, check_no_average
 from distcurv.makers.preconditioned import PreconditionedGradientMaker
 from distcurv.makers.preconditioning_config import PreconditioningConfig
+from distcurv.makers.saved_tensors import fitting_tensors
 
 
 @dataclass(frozen=True)
@@ -68,10 +71,15 @@ class SmwEmpNaturalGradientMaker(PreconditionedGradientMaker):
         samples = len(next(iter(per_sample.values())))
         counts = self.rows_of_ranks(samples)
         # F and g are averages over ranks: F of the rows' squares, g of the rows with weights.
-        weight = 1 / samples if self.loss_is_mean else 1.0
-        size = (self.config.data_size or samples) if self.loss_is_mean else 1
+        own_size = max(samples, 1)  # of a rank without samples nothing is divided
+        weight = 1 / own_size if self.loss_is_mean else 1.0
+        size = (self.config.data_size or own_size) if self.loss_is_mean else 1
         scale = (self.world_size * size) ** -0.5
-        rows = {p: g.flatten(1) * scale for p, g in per_sample.items() if id(p) in chosen}
+        rows = {
+            p: g.reshape(samples, p.numel()) * scale
+            for p, g in per_sample.items()
+            if id(p) in chosen
+        }
         weights = next(iter(per_sample.values())).new_full(
             (samples,), weight / (self.world_size * scale)
         )
@@ -92,6 +100,12 @@ class SmwEmpNaturalGradientMaker(PreconditionedGradientMaker):
 
     def precondition(self) -> None:
         """Done in `backward`."""
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Continue from a `state_dict` of the same maker: nothing but the step; raises `StateError`
+        for another one."""
+        fitting_tensors(state_dict, {}, (), self.trained[0].device, type(self).__name__)
+        super().load_state_dict(state_dict)
 
 
 def _add(parameter: nn.Parameter, grad: Tensor) -> None:

@@ -21,7 +21,7 @@ from distcurv.curvature.batch_side import averaged, invert_side, side_of_rows, t
 from distcurv.curvature.damping import split_damping
 from distcurv.curvature.precision import full_float32
 from distcurv.curvature.spec import SIDE_NAMES, BlockSpec, SideSpec, Tensors
-from distcurv.errors import CaptureError, ConfigError
+from distcurv.errors import CaptureError, ConfigError, StateError
 from distcurv.makers.preconditioning_config import PreconditioningConfig
 from distcurv.makers.rows_layer import RowsLayer, rows_of
 from distcurv.train.capture import Capture
@@ -58,6 +58,11 @@ class SwiftKron:
     ) -> None:
         if config.kl_clip is not None or config.graft:
             raise ConfigError("swift_kron has no kl_clip and no graft: leave them unset")
+        if config.accumulation > 1:
+            raise ConfigError(
+                f"PreconditioningConfig.accumulation is {config.accumulation}: swift_kron takes "
+                "one batch, give the shape 'kron'"
+            )
         watched = {}
         self._blocks = {block.name: block for block in blocks}
         self._bias: dict[str, bool] = {}
@@ -203,7 +208,8 @@ class SwiftKron:
     # -- state ----------------------------------------------------------------------------
 
     def load(self, state: Mapping[str, Any]) -> None:
-        """Take over a ``state``."""
+        """Take over a ``state``.  Raises `StateError` for one of other blocks."""
+        self._check(state)
         device = self._parameter(next(iter(self._blocks))).device
         self.state = {"weight": dict(state["weight"])}
         for key in ("held", "installed"):
@@ -211,6 +217,26 @@ class SwiftKron:
                 name: t.detach().clone().to(device) for name, t in state[key].items()
             }
         self._prepare()
+
+    def _check(self, state: Mapping[str, Any]) -> None:
+        """A side is some rows of its dimension, and known by both sides or not at all."""
+        dims = {
+            f"{name}/{side}": spec.dim
+            for name in self._blocks
+            for side, spec in self.capture.blocks[name].sides.items()
+        }
+        for part in ("held", "installed"):
+            for key, side in state[part].items():
+                shape = tuple(side.shape)
+                if key not in dims or len(shape) != 2 or shape[1] != dims[key]:
+                    raise StateError(
+                        f"this state_dict has {key!r} of shape {shape}: here it has "
+                        f"{dims.get(key)} dimensions; was it made for another model?"
+                    )
+        pairs = {frozenset(f"{name}/{side}" for side in SIDE_NAMES) for name in self._blocks}
+        known = set(state["held"])
+        if set(state["weight"]) != known or any(0 < len(pair & known) < 2 for pair in pairs):
+            raise StateError(f"this state_dict has only {sorted(known)} of swift_kron's sides")
 
     def describe(self) -> list[str]:
         """A line for each block."""

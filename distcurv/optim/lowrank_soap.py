@@ -238,7 +238,8 @@ class LowRankSOAP(torch.optim.Optimizer):
         super().load_state_dict(plain)
         # The base class casts state to the parameter's dtype; the moments must stay float32.
         for index, (_, param) in zip(ids, self._named, strict=True):
-            if id(param) in self._block_of and index in plain["state"]:
+            # Empty where there was no gradient yet.
+            if id(param) in self._block_of and plain["state"].get(index):
                 for name in FIELDS:
                     saved = plain["state"][index][name]
                     self.state[param][name] = saved.to(param.device).clone()

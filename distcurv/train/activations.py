@@ -60,6 +60,7 @@ class ActivationSource:
         share = 1.0 / pipeline.group.world_size
         self._share = torch.tensor(share, dtype=torch.float32, device=pipeline.device)
         scaler = capture.scale.grad_scaler
+        self._told = False
         self._held: HeldStatistics | None = None
         if scaler is not None and scaler.is_enabled():
             # A step overflows for all ranks or for none: parts of gradients must be put together.
@@ -101,8 +102,20 @@ class ActivationSource:
         )
         return cls(capture, indices, pipeline)
 
+    def wait_to_be_told(self) -> None:
+        """From now on watch from `begin_step` to `finish` alone: for whoever runs forward and
+        backward himself, so that the model may be run otherwise in between."""
+        self._told = True
+        self.disarm()
+
     def arm_if_due(self) -> None:
-        """Watch the coming forwards if the coming step takes statistics."""
+        """Watch the coming forwards if the coming step takes statistics, unless steps are told."""
+        if not self._told:
+            self.begin_step()
+
+    def begin_step(self) -> None:
+        """Watch the coming forwards if the step that begins takes statistics; what has been seen
+        since the last one is forgotten."""
         self.disarm()
         if self._pipeline.capture_due and (self._indices or self._by_gradient):
             bases = {

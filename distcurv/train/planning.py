@@ -160,6 +160,8 @@ def block_spec(found: FoundLayer, bias: bool, config: KfacConfig) -> BlockSpec:
         config.factor_decay,
         config.damping_at(0),
         config.damping_form == "relative",
+        max_itr=(config.max_itr or 0) if kind == "lowrank" else 0,
+        tolerance=config.tolerance if kind == "lowrank" else 0.0,
     )
 
 
@@ -167,4 +169,6 @@ def _side(dim: int, tail: str, config: KfacConfig) -> SideSpec:
     if config.kind in ("dense", "kfe"):
         return SideSpec(dim, dim, "none", "dense")
     rank = min(config.rank, dim)
-    return SideSpec(dim, rank, tail, resolve_encoding(dim, rank, tail, config.encoding))
+    whole = config.encoding == "auto" and config.max_itr is not None
+    encoding = "dense" if whole else resolve_encoding(dim, rank, tail, config.encoding)
+    return SideSpec(dim, rank, tail, encoding)

@@ -173,9 +173,9 @@ class Preconditioner:
         self._source.capture.count_terms(terms, divisor)
 
     @property
-    def capture(self) -> Capture:
+    def source(self) -> ActivationSource:
         """What watches the model's forwards and backwards."""
-        return self._source.capture
+        return self._source
 
     def observe_loss(
         self,

@@ -142,7 +142,10 @@ class Switch:
             parts = spread.buckets[owner].split(sizes)
             heads = spread.headers[owner].tolist()
             position = 0
-            for block, part in zip(blocks, parts, strict=True):
+            for block, shared in zip(blocks, parts, strict=True):
+                # Memory of its own, which begins as a checkpoint's does: how products round may
+                # depend on that, and a resumed run should give the same bits.
+                part = shared.clone()
                 end = position + self._rows[block]
                 *passed, (version, since, through, worker) = heads[position:end]
                 position = end

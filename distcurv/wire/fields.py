@@ -56,6 +56,8 @@ _BLOCK: dict[str, Check] = {
     "damping": Float(0.0),
     "relative_damping": Bool(),
     "power": Float(0.0),
+    "max_itr": Int(),
+    "tolerance": Float(0.0),
 }
 
 _SESSION = Bytes((16,))

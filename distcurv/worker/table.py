@@ -17,7 +17,10 @@ from distcurv.worker.store import FLOAT_BYTES
 
 LARGEST_DIM = 2**24  # keeps every size far inside 64 bits
 
-_BLOCK_FIELDS = {"name", "kind", "sides", "decay", "damping", "relative_damping", "power"}
+_BLOCK_FIELDS = {
+    *("name", "kind", "sides", "decay", "damping", "relative_damping", "power"),
+    *("max_itr", "tolerance"),
+}
 _SIDE_FIELDS = {"dim", "rank", "tail", "encoding", "units"}
 
 
@@ -74,9 +77,13 @@ def _read_block(entry: Mapping[str, object], index: int) -> BlockSpec:
     name = _text(entry["name"], f"{where}: name")
     damping = _number(entry["damping"], f"{where}: damping")
     power = _number(entry["power"], f"{where}: power")
+    max_itr = _whole(entry["max_itr"], f"{where}: max_itr")
+    tolerance = _number(entry["tolerance"], f"{where}: tolerance")
     sides_read = tuple(_read_side(side, where) for side in sides)
     try:
-        return BlockSpec(name, kind, sides_read, decay, damping, relative, power)
+        return BlockSpec(
+            name, kind, sides_read, decay, damping, relative, power, max_itr, tolerance
+        )
     except ShapeError as error:
         raise ProtocolError("bad_table", f"{where}: {error}") from error
 

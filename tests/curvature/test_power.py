@@ -42,6 +42,27 @@ def test_passes_per_batch_entry() -> None:
         assert relative_error(rebuilt(U[i], lam[i]), rebuilt(*one)) < 1e-13
 
 
+def test_a_tolerance_ends_the_passes_entry_by_entry() -> None:
+    """The first stands after some passes, the second, whose spectrum is nearly flat, does not."""
+    A = torch.stack([psd([ratio**i for i in range(15)], seed=4) for ratio in (0.3, 0.95)])
+    Q = orthonormal(15, 4, seed=6, batch=(2,))
+    tolerance = 1e-3
+    got = power_eigenpairs(A, Q, passes=12, tolerance=tolerance)
+    expected = []
+    for M, start in zip(A, Q, strict=True):
+        passes = 1
+        while passes < 12:
+            after = power_pass(M, start)
+            moved = (after - start @ (start.mT @ after)).norm()
+            start, passes = after, passes + 1
+            if moved < tolerance:
+                break
+        expected.append((passes, rebuilt(*power_eigenpairs(M, start))))
+    assert 2 < expected[0][0] < 12 == expected[1][0]
+    for i, (_, wanted) in enumerate(expected):
+        assert relative_error(rebuilt(got.U_dr[i], got.lam_r[i]), wanted) < 1e-12
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_full_rank_is_the_exact_eigenbasis(dtype: torch.dtype) -> None:
     A = psd([3.0, 3.0, 1.0, 1e-3, 0.0], seed=7)

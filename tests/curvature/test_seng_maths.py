@@ -7,6 +7,7 @@ import torch
 from oracles import best_rank, generator
 from torch import Tensor
 
+from distcurv.curvature import seng
 from distcurv.curvature.seng import (
     Draw,
     Samples,
@@ -49,12 +50,28 @@ def test_products_and_combinations_are_those_of_the_matrices() -> None:
     torch.testing.assert_close(combination(of, c), torch.einsum("n,noi->oi", c, M))
 
 
+@pytest.mark.parametrize("most", [1, N * S * S, 3 * N * S * S])
+def test_the_kernel_is_the_same_made_in_strips(most: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    of = samples()
+    M = dense(of).flatten(1)
+    monkeypatch.setattr(seng, "_MOST_PRODUCTS", most)
+    torch.testing.assert_close(kernel(of), M @ M.mT)
+    none = Samples(of.a_NSI[:0], of.g_NSO[:0])
+    assert kernel(none).shape == (0, 0)
+
+
 def test_truncation_keeps_what_the_rank_holds() -> None:
     of = samples()
     exact = truncated(of, 3)
     assert exact.g_NSO.shape == (N, 3, Do)  # of six positions: rank is at most Do = 3
     torch.testing.assert_close(dense(exact), dense(of))
     assert truncated(of, S) is of
+
+
+def test_truncation_of_what_is_not_finite_is_not_finite() -> None:
+    of = samples()
+    of.g_NSO[1, 2, 0] = torch.nan
+    assert truncated(of, 3).g_NSO.isnan().any()
 
 
 def test_truncation_is_the_best_approximation_of_the_output_gradients() -> None:

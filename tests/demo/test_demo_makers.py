@@ -21,6 +21,7 @@ from distcurv.demo.makers_registry import (
     Choice,
     parse_names,
 )
+from distcurv.demo.makers_report import makers_table
 from distcurv.demo.makers_settings import MakersSettings
 from distcurv.demo.makers_train import train
 from distcurv.errors import ConfigError
@@ -197,6 +198,16 @@ def test_picture_is_a_png_of_useful_size(finished: Path) -> None:
     width, height = int.from_bytes(data[16:20]), int.from_bytes(data[20:24])
     assert width >= 1200
     assert height >= 500
+
+
+def test_the_table_says_what_workers_made_where_there_are_some(finished: Path) -> None:
+    summary = json.loads((finished / "summary.json").read_text())
+    inline = [column.header for column in makers_table(summary).columns]
+    summary["workers"] = 1
+    summary["makers"]["kfac"]["versions_from_workers"] = 7
+    *columns, versions = makers_table(summary).columns
+    assert [column.header for column in columns] == inline
+    assert list(versions.cells) == ["-", "-", f"{STEPS * 8} (0)", f"{STEPS * 8} (7)"]
 
 
 def test_json_has_stdout_to_itself(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:

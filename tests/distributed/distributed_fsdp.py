@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 from unittest.mock import patch
 
@@ -23,6 +24,15 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
 from distcurv import KfacConfig, LowRankSOAP, Preconditioner
+from distcurv.errors import ConfigError
+from distcurv.makers import (
+    GradientMaker,
+    KfacGradientMaker,
+    NewtonGradientMaker,
+    PreconditioningConfig,
+    SengGradientMaker,
+    ShampooGradientMaker,
+)
 from distcurv.train import shard_sums
 
 Result = dict[str, Any]
@@ -321,6 +331,19 @@ def sharded_refusals(save: Callable[[Any], None]) -> Result:
             Run(door, mesh, **settings)
         except Exception as error:  # noqa: BLE001 - told to the test, which judges it
             texts[name] = f"{type(error).__name__}: {error}"
+    model = make_model()
+    fully_shard(model, mesh=mesh)
+    makers: dict[str, Callable[..., GradientMaker]] = {
+        "NewtonGradientMaker": NewtonGradientMaker,
+        "SengGradientMaker": SengGradientMaker,
+        "ShampooGradientMaker": ShampooGradientMaker,
+        "KfacGradientMaker": partial(KfacGradientMaker, swift=True),
+    }
+    for name, maker in makers.items():
+        try:
+            maker(model, PreconditioningConfig())
+        except ConfigError as error:
+            texts[name] = f"ConfigError: {error}"
     return texts
 
 

@@ -140,7 +140,14 @@ def test_an_overflow_in_one_ranks_rows_leaves_no_trace_on_any(job: Results, rank
 
 def test_what_needs_the_whole_gradient_is_refused(job: Results) -> None:
     for one in job.of("refusals"):
+        makers = {name: one.pop(name) for name in list(one) if name.endswith("Maker")}
         assert set(one) == {"dense", "kfe", "layer_wise", "full", "encoding"}
         for text in one.values():
             assert text.startswith("ConfigError")
             assert "needs the whole gradient" in text
+        assert {name.removesuffix("GradientMaker") for name in makers} == {
+            *("Kfac", "Newton", "Seng", "Shampoo")
+        }
+        for name, text in makers.items():
+            assert text.startswith(f"ConfigError: {name}: the parameter ")
+            assert "is sharded" in text

@@ -24,6 +24,7 @@ from distcurv.makers import GradientMaker
 from distcurv.makers.preconditioning_config import PreconditioningConfig
 from distcurv.makers.seng import SengGradientMaker
 
+LENGTHS = (4, 2)  # positions of the ranks' samples
 RANKS, STEPS, DEADLINE = 2, 4, 120.0
 ROOT = Path(__file__).parent.parent.parent
 UNEVEN = (4, 2)  # samples of the ranks
@@ -83,6 +84,30 @@ def sketched(model: nn.Module) -> SengGradientMaker:
     return SengGradientMaker(model, PreconditioningConfig(damping=DAMPING), 2, 1)
 
 
+class Sometimes(nn.Module):
+    """Positions [N, T, 4]; short ones leave a layer out."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Linear(4, 5)
+        self.extra = nn.Linear(5, 5)
+        self.last = nn.Linear(5, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = torch.tanh(self.first(x))
+        if x.shape[1] > min(LENGTHS):
+            h = torch.tanh(self.extra(h))
+        out: Tensor = self.last(h)
+        return out
+
+
+def sometimes() -> tuple[nn.Module, list[tuple[Tensor, Tensor]]]:
+    """The model, and the batch of each rank."""
+    torch.manual_seed(5)
+    model = Sometimes()
+    return model, [(torch.randn(3, T, 4), torch.randint(0, 3, (3, T))) for T in LENGTHS]
+
+
 def results(rank: int) -> dict[str, Tensor]:
     """What this rank finds, by name of the run."""
     found: dict[str, Tensor] = {}
@@ -100,13 +125,17 @@ def results(rank: int) -> dict[str, Tensor]:
         ddp, _, _ = wrapped("conv")
         gm = DEFINITIONS[name][0](ddp)
         found[f"{name} uneven"] = step_of(gm, ddp.module, parts[0][rank], parts[1][rank])
+    bare, batches = sometimes()
+    ddp = DistributedDataParallel(bare, find_unused_parameters=True)
+    found["seng lengths"] = step_of(DEFINITIONS["seng"][0](ddp), bare, *batches[rank])
     for name, (maker, _) in DEFINITIONS.items():
         # The maker has the bare model; or the wrapper, and a function that calls it.
-        ddp, x, t = wrapped("mlp")
-        gm = maker(ddp.module)
-        setup(gm, ddp, x[share], t[share])
-        gm.forward_and_backward()
-        found[f"{name} bare"] = gradient_of(ddp.module)
+        for way in ("bare", "method"):
+            ddp, x, t = wrapped("mlp")
+            gm = maker(ddp.module)
+            setup(gm, ddp if way == "bare" else ddp.forward, x[share], t[share])
+            gm.forward_and_backward()
+            found[f"{name} {way}"] = gradient_of(ddp.module)
         ddp, x, t = wrapped("mlp")
         gm = maker(ddp)
         setup(gm, lambda batch, ddp=ddp: ddp(batch), x[share], t[share])

@@ -1,4 +1,4 @@
-"""A torchrun job in which two ranks take steps with Kronecker makers on halves of the batches.
+"""A torchrun job in which two ranks take steps with served makers on halves of the batches.
 
 Run as a program it is a rank of that job: ``kfac_job.py FOLDER``.
 """
@@ -20,19 +20,25 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 
-from distcurv.makers import PreconditioningConfig
+from distcurv.makers import (
+    PreconditionedGradientMaker,
+    PreconditioningConfig,
+    ShampooGradientMaker,
+    SoapGradientMaker,
+)
 from distcurv.makers.kfac import KfacGradientMaker
 from distcurv.makers.natural_gradient import NaturalGradientMaker
 from distcurv.makers.natural_shapes import (
     DiagNaturalGradientMaker,
     EkfacGradientMaker,
+    EmpNaturalGradientMaker,
     FullNaturalGradientMaker,
     LayerWiseNaturalGradientMaker,
     UnitWiseNaturalGradientMaker,
 )
 
 STEPS = 3
-Maker = Callable[[nn.Module], NaturalGradientMaker]
+Maker = Callable[[nn.Module], PreconditionedGradientMaker]
 
 
 def _config(**settings: Any) -> PreconditioningConfig:
@@ -43,10 +49,16 @@ MAKERS: dict[str, tuple[str, Maker]] = {
     "dense": ("conv", lambda m: KfacGradientMaker(m, _config(), "fisher_emp")),
     "exact": ("mlp", lambda m: KfacGradientMaker(m, _config(), "fisher_exact")),
     "low-rank": ("conv", lambda m: KfacGradientMaker(m, _config(rank=100), "fisher_emp")),
+    "eigen": ("mlp", lambda m: KfacGradientMaker(m, _config(), "fisher_emp", eigen=True)),
     "swift": ("conv", lambda m: KfacGradientMaker(m, _config(), "fisher_emp", swift=True)),
     "swift-mlp": (
         "mlp",
         lambda m: KfacGradientMaker(m, _config(ema_decay=None), "fisher_exact", swift=True),
+    ),
+    # Some blocks on the ranks, others served.
+    "swift-tokens": (
+        "tokens",
+        lambda m: KfacGradientMaker(m, _config(), "fisher_emp", swift=True),
     ),
     "norms": ("tokens", lambda m: KfacGradientMaker(m, _config(), "fisher_emp")),
     "full": ("conv", lambda m: FullNaturalGradientMaker(m, _config(), "fisher_emp")),
@@ -54,11 +66,21 @@ MAKERS: dict[str, tuple[str, Maker]] = {
     "unit-wise": ("conv", lambda m: UnitWiseNaturalGradientMaker(m, _config(), "fisher_exact")),
     "diag": ("tokens", lambda m: DiagNaturalGradientMaker(m, _config(), "fisher_emp")),
     "ekfac": ("conv", lambda m: EkfacGradientMaker(m, _config(), "fisher_emp")),
+    "emp": ("mlp", lambda m: EmpNaturalGradientMaker(m, _config())),
+    "by module": (
+        "mlp",
+        lambda m: NaturalGradientMaker(m, _config(), "fisher_exact", [("0", "kfe"), "layer_wise"]),
+    ),
+    "shampoo": ("tokens", lambda m: ShampooGradientMaker(m, _config())),
+    # Of low rank: where an eigenvalue is about zero, rounding chooses its direction.
+    "soap": ("mlp", lambda m: SoapGradientMaker(m, _config(rank=2), eps=0.1)),
     "draws": ("mlp", lambda m: KfacGradientMaker(m, _config(), seed=1)),
 }
 
 
-def take_steps(gm: NaturalGradientMaker, called: nn.Module, name: str, part: slice) -> Tensor:
+def take_steps(
+    gm: PreconditionedGradientMaker, called: nn.Module, name: str, part: slice
+) -> Tensor:
     """All gradients of some steps on a part of each batch."""
     made = []
     with closing(gm):

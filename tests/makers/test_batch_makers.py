@@ -30,7 +30,7 @@ from output_cases import CASES, Case, plain_loss
 from output_cases import make as make_case
 from torch import Tensor, nn
 
-from distcurv.errors import ConfigError, NumericsError
+from distcurv.errors import ConfigError, NumericsError, StateError
 from distcurv.makers.curve_ball import CurveBallGradientConfig, CurveBallGradientMaker
 from distcurv.makers.newton import NewtonGradientConfig, NewtonGradientMaker
 from distcurv.makers.preconditioned import PreconditionedGradientMaker
@@ -378,6 +378,53 @@ def test_a_saved_run_goes_on_bit_for_bit(name: str) -> None:
     assert resumed.state["step"] == 4
     assert torch.equal(steps(resumed, 4, 8), wanted)
     assert gm.state["step"] == 8
+
+
+@pytest.mark.parametrize("name", DEFINITIONS)
+def test_foreign_states_are_refused(name: str) -> None:
+    maker = DEFINITIONS[name][0]
+    states = {}
+    for model_name in ("mlp", "conv"):
+        model, x, t = make(model_name)
+        gm = maker(model)
+        step_of(gm, model, x, t)
+        states[model_name] = gm.state_dict()
+    gm = maker(make("mlp")[0])
+    for foreign in (
+        {**states["mlp"], "more": torch.zeros(2)},
+        {key: value for key, value in states["mlp"].items() if key != "step"},
+        *([states["conv"]] if len(states["conv"]) > 1 else []),
+    ):
+        with pytest.raises(StateError, match="state_dict"):
+            gm.load_state_dict(foreign)
+    gm.load_state_dict(states["mlp"])
+
+
+@pytest.mark.parametrize("name", [name for name in DEFINITIONS if name != "seng"])
+def test_parameters_without_dimensions(name: str) -> None:
+    class Scaled(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inside = nn.Linear(4, 3)
+            self.scale = nn.Parameter(torch.tensor(0.7))
+
+        def forward(self, x: Tensor) -> Tensor:
+            out: Tensor = self.inside(x) * self.scale
+            return out
+
+    maker, definition = DEFINITIONS[name]
+    model, x, t = Scaled(), torch.randn(N, 4), classes()
+    wanted = definition(model, x, t)
+    torch.testing.assert_close(step_of(maker(model), model, x, t), wanted, **TOLERANCE)
+
+
+@pytest.mark.parametrize("name", DEFINITIONS)
+def test_a_batch_without_samples_has_no_gradient(name: str) -> None:
+    model, x, t = make("mlp")
+    gm = DEFINITIONS[name][0](model)
+    gm.setup_loss_call(F.cross_entropy, gm.setup_model_call(model, x[:0]), t[:0], reduction="sum")
+    gm.forward_and_backward()
+    assert not gradient_of(model).any()
 
 
 @pytest.mark.parametrize("ignored", ["name", "class", "instance"])

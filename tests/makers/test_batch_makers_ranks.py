@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from batch_makers import DAMPING, DEFINITIONS, MODELS, make, samples_of, step_of
-from batch_makers_job import RANKS, UNEVEN, run, settings, sketched, steps
+from batch_makers_job import RANKS, UNEVEN, run, settings, sketched, sometimes, steps
 from dense_derivatives import row, trained
 from torch import Tensor, nn
 
@@ -76,9 +76,20 @@ def test_ranks_with_different_numbers_of_samples_are_averaged(
     torch.testing.assert_close(job[0][f"{name} uneven"], torch.cat(wanted), **TOLERANCE)
 
 
-@pytest.mark.parametrize("way", ["bare", "function"])
+def test_layers_may_have_other_positions_on_a_rank_or_no_part(job: list[dict[str, Any]]) -> None:
+    model, batches = sometimes()
+    wanted = []
+    for layer in model.children():
+        ranks = [samples_of(model, *batch, [*layer.parameters()]) for batch in batches]
+        F_emp = sum((R.T @ R / len(R) for R in ranks), torch.zeros(())) / RANKS
+        g = sum((R.mean(0) for R in ranks), torch.zeros(())) / RANKS
+        wanted.append(torch.linalg.solve(F_emp + DAMPING * torch.eye(len(g)), g))
+    torch.testing.assert_close(job[0]["seng lengths"], torch.cat(wanted), **TOLERANCE)
+
+
+@pytest.mark.parametrize("way", ["bare", "method", "function"])
 @pytest.mark.parametrize("name", DEFINITIONS)
-def test_the_wrapper_may_come_in_either_way(job: list[dict[str, Any]], name: str, way: str) -> None:
+def test_the_wrapper_may_come_in_any_way(job: list[dict[str, Any]], name: str, way: str) -> None:
     model, x, t = joined("mlp")
     wanted = step_of(DEFINITIONS[name][0](model), model, x, t)
     torch.testing.assert_close(job[0][f"{name} {way}"], wanted, **TOLERANCE)

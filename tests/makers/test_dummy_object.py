@@ -8,6 +8,7 @@ from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -36,6 +37,8 @@ TENSOR_OPERATIONS: dict[str, Callable[[Any], Any]] = {
     "comparison": lambda y: ((y > 1) & (y <= 2)) | ~(y < 3) ^ (y >= 2) | (y == 1) | (y != 1),
     "bits reflected": lambda y: (True & (y > 1)) | (False | (y > 2)) | (True ^ (y > 1)),
     "powers of it": lambda y: y**y,
+    "shifts": lambda y: ((y.int() << 2) >> 1) + (1 << y.int()) + (64 >> y.int()),
+    "numpy's number first": lambda y: np.float64(2.0) * y,
     "tensor first": lambda y: torch.ones(4) + y - torch.ones(4) * y,
     "torch function": lambda y: torch.stack([y[0], y[1]]).softmax(-1) + torch.relu(y),
     "functional": lambda y: F.cross_entropy(y.flatten(0, 1), T.flatten(), ignore_index=-1),

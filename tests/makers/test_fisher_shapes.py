@@ -14,6 +14,7 @@ import pytest
 import torch
 from kfac_oracle import doubled, relative
 from maker_models import batch_of, model_of
+from quasi_newton_models import move
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -134,6 +135,60 @@ def test_the_direction_is_that_of_the_definition(shape: str, name: str) -> None:
     assert relative(everything[0], everything[1]) > 0.1, "not the raw gradient"
 
 
+def weighed(model: nn.Module, name: str, loss_type: str) -> tuple[list[Named], int]:
+    """Vectors whose squares add up to the exact Fisher matrix: of each sample and class the
+    gradient of its loss times the root of its probability; of each output its own gradient over
+    the standard deviation (2)."""
+    x, _ = batch_of(name, 0)
+    twin, rows = doubled(model), []
+    logits = twin(x.double())
+    for n, c in torch.ones_like(logits).nonzero().tolist():
+        if loss_type == "mse":
+            made = logits[n, c] / 2.0
+        else:
+            p = logits[n].softmax(-1)[c].detach()
+            made = -p.sqrt() * logits[n].log_softmax(-1)[c]
+        named = dict(twin.named_parameters())
+        grads = torch.autograd.grad(made, list(named.values()), retain_graph=True)
+        rows.append(dict(zip(named, grads, strict=True)))
+    return rows, len(x) * (logits.shape[1] if loss_type == "mse" else 1)
+
+
+@pytest.mark.parametrize("loss_type", ["cross_entropy", "mse"])
+@pytest.mark.parametrize("name", ["mlp", "conv"])
+@pytest.mark.parametrize("shape", MAKERS)
+def test_fisher_exact_is_that_of_the_model_s_distribution(
+    shape: str, name: str, loss_type: str
+) -> None:
+    """Of a squared error each output is a term."""
+    model = model_of(name)
+    options = {"loss_type": loss_type, "var": 4.0}
+    with closing(MAKERS[shape](model, config(), "fisher_exact", **options)) as gm:
+        x, t = batch_of(name, 0)
+        goal: Any = (F.cross_entropy, t) if loss_type != "mse" else (F.mse_loss, torch.ones(8, 3))
+        raw = torch.autograd.grad(goal[0](model(x), goal[1]), list(model.parameters()))
+        gm.setup_loss_call(goal[0], gm.setup_model_call(model, x), goal[1])
+        gm.forward_and_backward()
+    named = dict(model.named_parameters())
+    got = {key: p.grad.double() for key, p in named.items() if p.grad is not None}
+    plain = {key: g.double() for key, g in zip(named, raw, strict=True)}
+    assert_direction(model, shape, [weighed(model, name, loss_type)], plain, got)
+
+
+@pytest.mark.parametrize("shape", MAKERS)
+def test_fisher_mc_is_its_expectation(shape: str) -> None:
+    """Over many draws; 500 leave some percent."""
+    model = model_of("mlp")
+    found = []
+    for fisher_type, draws in (("fisher_exact", 1), ("fisher_mc", 500)):
+        own = copy.deepcopy(model)
+        maker = MAKERS[shape](own, config(), fisher_type, n_mc_samples=draws, seed=1)
+        with closing(maker) as gm:
+            _, got = step(gm, own, "mlp", 0)
+        found.append(torch.cat([grad.flatten() for grad in got.values()]))
+    assert relative(found[1], found[0]) < 0.08
+
+
 def test_without_an_average_the_newest_batch_counts_alone() -> None:
     model = model_of("mlp")
     with closing(LayerWiseNaturalGradientMaker(model, config(), "fisher_emp")) as gm:
@@ -168,12 +223,13 @@ def test_a_model_that_is_too_large_for_one_matrix_is_told_the_bytes() -> None:
 
 @pytest.mark.parametrize("name", ("mlp", "conv"))
 def test_ekfac_divides_by_the_second_moments_in_its_eigenbasis(name: str) -> None:
-    """ASDL's returns the raw gradient."""
+    """With other samples and parameters at each step.  ASDL's returns the raw gradient."""
     model = model_of(name)
-    rows, terms = sample_gradients(model, name, 0)
     with closing(EkfacGradientMaker(model, config(), fisher_type="fisher_emp")) as gm:
-        for _ in range(3):
-            raw, got = step(gm, model, name, 0)
+        for at in range(4):
+            rows, terms = sample_gradients(model, name, at)
+            raw, got = step(gm, model, name, at)
+            move(model, 0.3)
         assert gm.preconditioner is not None
         pipeline = gm.preconditioner._pipeline
         installed = dict(zip(gm.preconditioner.block_names, pipeline.installed, strict=True))
@@ -182,7 +238,9 @@ def test_ekfac_divides_by_the_second_moments_in_its_eigenbasis(name: str) -> Non
         if "A.U" not in install.tensors or "S.mean" not in install.tensors:
             continue
         seen += 1
-        U_A, U_G = (install.tensors[f"{side}.U"].double() for side in ("A", "G"))
+        U_A, U_G = (install.tensors[f"{side}.basis"].double() for side in ("A", "G"))
+        for U in (U_A, U_G):
+            assert torch.allclose(U.mT @ U, torch.eye(len(U)).double(), atol=1e-5)
 
         def matrix(grads: Named, layer: str = layer) -> Tensor:
             weight = grads[f"{layer}.weight"].flatten(1)

@@ -176,8 +176,56 @@ def test_gradients_of_single_samples(name: str) -> None:
 
 
 def test_single_samples_do_not_exist_where_the_model_mixes_them() -> None:
-    with pytest.raises(RuntimeError, match="Batch norm"):
+    with pytest.raises(StateError, match=r"BatchNorm2d .*eval\(\)"):
         Rig("conv, batch norm in train").gm.per_example_loss_grads()
+    # Without running statistics it mixes them always.
+    model = nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3, track_running_stats=False)).eval()
+    gm = GradientMaker(model)
+    gm.setup_loss_repr(gm.setup_model_call(model, torch.randn(N, 4)).square().mean())
+    with pytest.raises(StateError, match=r"BatchNorm1d 1 .*eval\(\)"):
+        gm.per_example_loss_grads()
+
+
+class Recurrent(nn.Module):
+    """The last state of a GRU or LSTM, by a linear layer."""
+
+    def __init__(self, layer: type[nn.RNNBase]) -> None:
+        super().__init__()
+        self.layer = layer(3, 2, batch_first=True)
+        self.head = nn.Linear(2, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.head(self.layer(x)[0][:, -1])
+        return out
+
+
+@pytest.mark.parametrize("layer", [nn.GRU, nn.LSTM, nn.RNN])
+def test_gradients_of_single_samples_of_recurrent_layers(layer: type[nn.RNNBase]) -> None:
+    torch.manual_seed(0)
+    model, x, t = Recurrent(layer), torch.randn(N, T, 3), classes()
+    gm = GradientMaker(model)
+    gm.setup_loss_call(F.cross_entropy, gm.setup_model_call(model, x), t)
+    wanted = sample_gradients(
+        lambda n: F.cross_entropy(model(x[n : n + 1]), t[n : n + 1]), N, trained(model)
+    )
+    got = torch.cat([part.flatten(1) for part in gm.per_example_loss_grads()], 1)
+    torch.testing.assert_close(got, wanted, **TOLERANCE)
+
+
+def test_the_hessian_where_torch_cannot_batch_the_backward() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv1d(2, 4, 2), nn.GroupNorm(2, 4), nn.Tanh())
+    x = torch.randn(2, 2, 4)
+    gm = GradientMaker(model)
+    gm.setup_loss_repr(gm.setup_model_call(model, x).square().mean())
+    blocks = gm.loss_hessian()
+    sizes = [p.numel() for p in trained(model)]
+    rows = [
+        torch.cat([part.reshape(size, -1) for part in row_of], 1)
+        for size, row_of in zip(sizes, blocks, strict=True)
+    ]
+    H = hessian(model(x).square().mean(), trained(model))
+    torch.testing.assert_close(torch.cat(rows), H, **TOLERANCE)
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -216,6 +264,8 @@ def test_every_documented_output(name: str) -> None:
     u = torch.randn_like(logits)
     found = gm.nvp(u.reshape(gm.run_logits().shape)).flatten()
     torch.testing.assert_close(found, J @ J.T @ u.flatten(), **TOLERANCE)
+    again = gm.nvp((u.reshape(gm.run_logits().shape),)).flatten()  # as ASDL takes it
+    assert torch.equal(again, found)
     assert all(p.grad is None for p in params)
 
 
@@ -257,6 +307,24 @@ def test_an_lstm() -> None:
     v = tuple(torch.randn_like(p) for p in trained(model))
     products = gm.loss_hvp(v, accumulate_grad=False)
     torch.testing.assert_close(flat(products), H @ flat(v), **TOLERANCE)
+
+
+@pytest.mark.parametrize("recurrent", [True, False])
+def test_cudnn_which_cannot_be_differentiated_twice_runs_no_recurrent_layer(
+    recurrent: bool,
+) -> None:
+    """Needs no GPU: whether it is on is asked on any machine."""
+    layer = nn.GRU(3, 2, batch_first=True) if recurrent else nn.Linear(3, 2)
+    seen: list[bool] = []
+    layer.register_forward_hook(lambda *_: seen.append(torch.backends.cudnn.enabled))
+    gm = GradientMaker(nn.Sequential(layer))
+    y = gm.setup_model_call(gm.model, torch.randn(2, T, 3))
+    gm.setup_loss_repr((y[0] if recurrent else y).square().mean())
+    before = torch.backends.cudnn.enabled
+    gm.loss_hvp()
+    gm.forward_and_backward()
+    assert torch.backends.cudnn.enabled == before
+    assert seen == [before and not recurrent, before]
 
 
 def test_a_compiled_model() -> None:
@@ -343,6 +411,8 @@ def test_wrong_directions_and_losses_are_told() -> None:
         rig.gm.loss_hvp(rig.tangents[:1])
     with pytest.raises(ShapeError, match="cotangents"):
         rig.gm.nvp(torch.zeros(3))
+    with pytest.raises(ShapeError, match="2 cotangents"):
+        rig.gm.nvp([torch.zeros(N, 3)] * 2)
     with pytest.raises(ConfigError, match="loss_type"):
         rig.gm.fvp("hinge")
     y = rig.gm.setup_model_call(rig.model, rig.x)

@@ -318,6 +318,17 @@ def test_wrong_arguments_are_named(arguments: dict[str, Any], says: str) -> None
         NaturalGradientMaker(model_of("mlp"), config(), **merged)
 
 
+def test_an_instance_that_no_rule_can_be_for_is_told() -> None:
+    model = nn.Sequential(nn.Sequential(nn.Linear(7, 6), nn.Tanh()), nn.Linear(6, 3), nn.Tanh())
+    for instance, says in ((model[0], "has layers inside"), (nn.Linear(6, 3), "is not in the")):
+        with pytest.raises(ConfigError, match=f"for a {type(instance).__name__} that {says}"):
+            NaturalGradientMaker(model, config(), "fisher_emp", [(instance, "kron"), "diag"])
+    # What has no parameters, or is ignored, may have a rule.
+    ignored = config(ignore_modules=[model[1]])
+    rules = [(model[2], "kron"), (model[1], "diag"), "kron"]
+    NaturalGradientMaker(model, ignored, "fisher_emp", rules).close()
+
+
 def test_forms_exclude_each_other_and_a_training_without_updates_is_refused() -> None:
     with pytest.raises(ConfigError, match="three forms of the factors: choose one"):
         KfacGradientMaker(model_of("mlp"), config(rank=2), swift=True)

@@ -23,7 +23,7 @@ from distcurv.curvature.batch_side import (
     side_of_rows,
     trace_of_side,
 )
-from distcurv.errors import CaptureError, ConfigError
+from distcurv.errors import CaptureError, ConfigError, StateError
 from distcurv.makers.kfac import KfacGradientMaker
 from distcurv.makers.natural_gradient import NaturalGradientMaker
 
@@ -186,3 +186,23 @@ def test_averages_in_any_form() -> None:
             matrix = made if is_matrix(made) else made.T @ made
             assert torch.allclose(matrix, 0.7 * A.T @ A + 0.3 * B.T @ B)
             assert is_matrix(made) == (max(first, second, first + second) >= 6)
+
+
+def test_a_state_of_other_sides_is_refused() -> None:
+    """At once, and nothing of it is taken."""
+    model = nn.Sequential(nn.Linear(11, 10), nn.Linear(10, 3))
+    maker = KfacGradientMaker(model, config(), "fisher_emp", swift=True)
+    run(model, batches([4], 11), maker)
+    before = maker.state_dict()
+    narrow = nn.Sequential(nn.Linear(9, 10), nn.Linear(10, 3))
+    other = KfacGradientMaker(narrow, config(), "fisher_emp", swift=True)
+    run(narrow, batches([4], 9), other)
+    half = copy.deepcopy(before)
+    for part in half["swift"].values():
+        part.pop("0/G")
+    for state in (other.state_dict(), half):
+        with pytest.raises(StateError, match="this state_dict has"):
+            maker.load_state_dict(state)
+    for key, side in before["swift"]["held"].items():
+        assert torch.equal(maker.state["swift"]["held"][key], side)
+    maker.load_state_dict(before)

@@ -48,6 +48,9 @@ KFAC: list[tuple[str, list[Any], str]] = [
     ("overrides", [3, "head", {"head": {}}], "give a list of"),
     ("accumulation", [0, -1, 1.5, None, True], "give an integer >= 1"),
     ("weight_sharing", ["both", None], "use one of expand, reduce"),
+    ("max_itr", [0, -1, 1.5, True, 10_001], "give None or an integer from 1 to 10000"),
+    ("tolerance", [-1e-3, NAN, INF, None, "small"], "give 0 or a number > 0"),
+    ("tolerance", [1e-3], "it ends the products that max_itr allows: give both"),
 ]
 SOAP: list[tuple[str, list[Any], str]] = [
     ("source", ["hooks", None], "use 'gradient' or 'activations'")
@@ -104,6 +107,13 @@ def test_heartbeats_must_fit_into_the_time_out() -> None:
     with pytest.raises(ConfigError, match=r"heartbeat is 5.1: give at most 5 s"):
         ServiceConfig(heartbeat=5.1, link_timeout=60.0)
     ServiceConfig(heartbeat=5.0, link_timeout=60.0)
+
+
+def test_a_sketch_is_one_product() -> None:
+    with pytest.raises(ConfigError, match=r"max_itr is 2: a sketch is one product"):
+        KfacConfig(max_itr=2, encoding="sketch")
+    KfacConfig(max_itr=1, encoding="sketch")
+    KfacConfig(max_itr=2, tolerance=1e-3)
 
 
 def test_two_norm_rules_exclude_each_other() -> None:

@@ -105,6 +105,8 @@ def changed_specs() -> list[BlockSpec]:
         dataclasses.replace(base, decay=0.8),
         dataclasses.replace(base, damping=1.0),
         dataclasses.replace(base, relative_damping=True),
+        dataclasses.replace(base, max_itr=2),
+        dataclasses.replace(base, tolerance=0.1),
         BlockSpec(base.name, "shampoo", dense, base.decay),
         BlockSpec(base.name, "shampoo", dense, base.decay, power=0.5),
         *(
@@ -124,7 +126,8 @@ def test_the_digest_changes_with_every_field() -> None:
 def test_every_field_of_a_spec_is_in_the_test_above() -> None:
     """A new field needs a line in `changed_specs`."""
     assert {f.name for f in dataclasses.fields(BlockSpec)} == {
-        *("name", "kind", "sides", "decay", "damping", "relative_damping", "power")
+        *("name", "kind", "sides", "decay", "damping", "relative_damping", "power"),
+        *("max_itr", "tolerance"),
     }
     assert {f.name for f in dataclasses.fields(SideSpec)} == {
         *("dim", "rank", "tail", "encoding", "units")

@@ -35,6 +35,8 @@ BLOCK = {
     "damping": 1e-3,
     "relative_damping": False,
     "power": 0.25,
+    "max_itr": 3,
+    "tolerance": 1e-3,
 }
 
 SAMPLES: dict[str, Message] = {

@@ -9,10 +9,13 @@ X_n,
 The sides are those of ``lowrank`` at full rank; what is published is the whole state, and damping,
 the whole of it and no root, is read at apply time.
 
-S is estimated from ``S.squares``, which ranks sum in the *installed* basis. A refresh turns the
-basis, and what was summed in another one is turned with it, by the squares of the rotation: with
-R = U_newᵀ U_old on each side, S ← (R_G∘R_G) S (R_A∘R_A)ᵀ. That is exact where the coordinates in
-the old basis are uncorrelated, as this approximation takes them to be, and it keeps the sum of S.
+S is measured: ranks sum ``S.squares`` in the newest eigenbasis that they have, ``s.U``, and the
+version that is made of the sums applies that basis, ``s.basis``, with them. So a version's basis
+is one refresh older than its S, as in the paper's Algorithm 1 (a basis for many steps, scalings at
+each), and S is exactly that of the statistic's samples. The average of S before is turned from one
+basis to the next by the squares of the rotation: with R = U_newᵀ U_old on each side,
+S ← (R_G∘R_G) S (R_A∘R_A)ᵀ. That is exact where the coordinates in the old basis are uncorrelated,
+as this approximation takes them to be, and it keeps the sum of S.
 Squares in the random basis of version 0 say nothing of another basis: they are dropped, and until
 there are others S = λ_G λ_Aᵀ, which makes the first version K-FAC with its damping not factored.
 Eigenvectors of equal eigenvalues (a transposed convolution has many) may be any basis of their
@@ -46,6 +49,7 @@ from distcurv.curvature.spec import SIDE_NAMES, BlockSpec, Layout, Tensors
 from distcurv.errors import ShapeError
 
 _MEAN, _WEIGHT = "S.mean", "S.weight"  # of what is published
+_BASIS = "basis"  # of a side: the one that S is in
 _FACTORS = LowRank()
 TIE = 1e-6  # eigenvalues this close, as a share of the largest, are equal but for rounding
 
@@ -63,11 +67,13 @@ class Kfe:
 
     def published_layout(self, spec: BlockSpec) -> Layout:
         shapes = _require(spec, _FACTORS.published_layout(spec))
-        return Layout(shapes | {_MEAN: _matrix_shape(spec), _WEIGHT: ()})
+        bases = {f"{name}.{_BASIS}": (side.dim, side.dim) for name, side in spec.named_sides()}
+        return Layout(shapes | bases | {_MEAN: _matrix_shape(spec), _WEIGHT: ()})
 
     def start(self, spec: BlockSpec, seed: int) -> Tensors:
         start = _FACTORS.start(spec, seed)
-        return start | {_MEAN: torch.zeros(_matrix_shape(spec)), _WEIGHT: torch.zeros(())}
+        bases = {f"{name}.{_BASIS}": start[f"{name}.U"].clone() for name in SIDE_NAMES}
+        return start | bases | {_MEAN: torch.zeros(_matrix_shape(spec)), _WEIGHT: torch.zeros(())}
 
     def seed(self, spec: BlockSpec, published: Tensors) -> Tensors:
         return {name: published[name].clone() for name in self.published_layout(spec)}
@@ -96,13 +102,20 @@ class Kfe:
         count_B = statistic["G.count"].double()
         count_B = torch.where(count_B > 0, count_B, 1.0)
         mean_BOI = statistic[SQUARES].double() / count_B[:, None, None]
-        S_BOI = shares.old_share[:, None, None] * _turned(
-            state[_MEAN], state, new
-        ) + shares.new_share[:, None, None] * _turned(mean_BOI, basis, new)
+        turned_BOI = _turned(state, basis)
+        S_BOI = (
+            shares.old_share[:, None, None] * turned_BOI
+            + shares.new_share[:, None, None] * mean_BOI
+        )
         products_BOI = new["G.lam"].double().unsqueeze(-1) * new["A.lam"].double().unsqueeze(-2)
-        seen_B = shares.weight > 0
-        S_BOI = torch.where(seen_B[:, None, None], S_BOI, products_BOI)
-        new[_MEAN] = S_BOI.to(state[_MEAN].dtype)
+        measured = (counted_B > 0)[:, None, None]
+        known = (weight_B > 0)[:, None, None]  # and so it stays where nothing was measured
+        kept_BOI = torch.where(known, state[_MEAN].double(), products_BOI)
+        new[_MEAN] = torch.where(measured, S_BOI, kept_BOI).to(state[_MEAN].dtype)
+        for side in SIDE_NAMES:
+            own = f"{side}.{_BASIS}"
+            kept_Bdd = torch.where(known, state[own], new[f"{side}.U"])
+            new[own] = torch.where(measured, basis[f"{side}.U"], kept_Bdd)
         new[_WEIGHT] = shares.weight.to(weight_B.dtype)
         new = keep_where_empty(steps_B, new, state)
         check_finite(new, self.name)
@@ -118,7 +131,8 @@ class Kfe:
         inverse_OI = 1.0 / torch.where(damped_OI > 0, damped_OI, 1.0)
         seen = (published["A.weight"] > 0)[..., None, None]
         inverse_OI = torch.where(seen, inverse_OI, 1.0).to(published[_MEAN].dtype)
-        return (EigenbasisInverse(published["G.U"], published["A.U"], inverse_OI),)
+        U_II, U_OO = (published[f"{side}.{_BASIS}"] for side in SIDE_NAMES)
+        return (EigenbasisInverse(U_OO, U_II, inverse_OI),)
 
 
 def continued(U_dd: Tensor, lam_d: Tensor, old_dd: Tensor) -> Tensor:
@@ -144,13 +158,14 @@ def continued(U_dd: Tensor, lam_d: Tensor, old_dd: Tensor) -> Tensor:
     return torch.cat(columns, -1).to(old_dd.dtype)
 
 
-def _turned(S_OI: Tensor, old: Tensors, new: Tensors) -> Tensor:
-    """Second moments in the basis ``old`` as they are in ``new``, were the coordinates
+def _turned(state: Tensors, measured_in: Tensors) -> Tensor:
+    """The state's second moments as they are in the basis of new ones, were the coordinates
     uncorrelated; float64."""
     A_II, G_OO = (
-        (new[f"{side}.U"].double().mT @ old[f"{side}.U"].double()).square() for side in SIDE_NAMES
+        (measured_in[f"{side}.U"].double().mT @ state[f"{side}.{_BASIS}"].double()).square()
+        for side in SIDE_NAMES
     )
-    return G_OO @ S_OI.double() @ A_II.mT
+    return G_OO @ state[_MEAN].double() @ A_II.mT
 
 
 def _matrix_shape(spec: BlockSpec) -> tuple[int, int]:

@@ -61,7 +61,7 @@ class Kind(Protocol):
         ``F.weight`` ().  Unitwise: ``F.ww``, ``F.wb``, ``F.bb`` (d each), ``F.weight`` ().
         Shampoo, per side: ``s.packed`` and ``s.root`` (packed), ``s.weight`` ().  layer_wise,
         unit_rows and full: ``F.packed`` and ``F.inverse`` (packed), ``F.weight`` ().  kfe: as low
-        rank, and ``S.mean`` (d of G, d of A), ``S.weight`` ()."""
+        rank, and per side ``s.basis`` (d, d), and ``S.mean`` (d of G, d of A), ``S.weight`` ()."""
         ...
 
     def start(self, spec: BlockSpec, seed: int) -> Tensors:

@@ -27,7 +27,7 @@ from distcurv.curvature.kinds.batch import (
 )
 from distcurv.curvature.kinds.kind import Refreshed
 from distcurv.curvature.kinds.sides import require_sides
-from distcurv.curvature.lowrank import SideRefresh, refresh_side
+from distcurv.curvature.lowrank import Products, SideRefresh, refresh_side
 from distcurv.curvature.spec import MOST_SIDES, BlockSpec, Layout, SideSpec, Tensors
 from distcurv.curvature.statistics import statistic_shapes
 
@@ -77,6 +77,7 @@ class LowRank:
         steps_B = counted_steps(spec, statistic)
         weights = [state[f"{name}.weight"] for name, _ in spec.named_sides()]
         all_shares = ema_weights(spec.decay, steps_B, torch.stack(weights))  # [sides, B]
+        products = Products(spec.max_itr, spec.tolerance)
         new: Tensors = {}
         uncaptured, innovation = [], []
         for i, (name, side) in enumerate(spec.named_sides()):
@@ -89,7 +90,8 @@ class LowRank:
             }
             old, known_B = side_estimate(side, name, state), weight_B > 0
             if side.rank:
-                side_refresh = refresh_side(side, old, known_B, own, basis[f"{name}.U"], shares)
+                Q_Bdr = basis[f"{name}.U"]
+                side_refresh = refresh_side(side, old, known_B, own, Q_Bdr, shares, products)
             else:
                 side_refresh = _refresh_diagonal(name, old, known_B, own, shares)
             estimate = side_refresh.estimate
