@@ -6,8 +6,6 @@ Run as a program it is a rank of that job: ``batch_makers_job.py FOLDER``.
 from __future__ import annotations
 
 import faulthandler
-import os
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -18,15 +16,14 @@ from batch_makers import DAMPING, DEFINITIONS, MODELS, gradient_of, make, setup,
 from dense_derivatives import flat, trained
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
+from torchrun_job import run_job
 
-from distcurv.launcher import tree
 from distcurv.makers import GradientMaker
 from distcurv.makers.preconditioning_config import PreconditioningConfig
 from distcurv.makers.seng import SengGradientMaker
 
 LENGTHS = (4, 2)  # positions of the ranks' samples
 RANKS, STEPS, DEADLINE = 2, 4, 120.0
-ROOT = Path(__file__).parent.parent.parent
 UNEVEN = (4, 2)  # samples of the ranks
 
 
@@ -34,28 +31,9 @@ def run(folder: Path, program: str = __file__) -> list[dict[str, Any]]:
     """Run a job, by default this one; what each rank saved.
 
     Whatever happens, all its processes have ended then."""
-    words = [
-        *(sys.executable, "-m", "torch.distributed.run", "--standalone"),
-        *("--nproc-per-node", str(RANKS), program, str(folder)),
-    ]
-    path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
-    environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
-    with open(folder / "output.txt", "wb") as output:
-        process = subprocess.Popen(
-            words,
-            stdin=subprocess.DEVNULL,
-            stdout=output,
-            stderr=subprocess.STDOUT,
-            env=environment,
-            start_new_session=True,
-        )
-        try:
-            process.wait(DEADLINE)
-        finally:
-            tree.kill(process.pid)
-            process.wait()
+    code, text = run_job(folder, program, ranks=RANKS, deadline=DEADLINE)
     saved = [folder / f"rank{rank}.pt" for rank in range(RANKS)]
-    text = (folder / "output.txt").read_text(errors="replace")[-6000:]
+    assert code is not None, f"the job did not end in time:\n{text}"
     assert all(path.exists() for path in saved), f"a rank did not finish:\n{text}"
     return [torch.load(path, weights_only=True) for path in saved]
 

@@ -7,8 +7,6 @@ from __future__ import annotations
 
 import copy
 import faulthandler
-import os
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -19,8 +17,8 @@ import torch.distributed as dist
 from quasi_newton_models import make_batch, make_model, move, one_step
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
+from torchrun_job import run_job
 
-from distcurv.launcher import tree
 from distcurv.makers import (
     KronBfgsGradientMaker,
     KronPsgdGradientMaker,
@@ -30,7 +28,6 @@ from distcurv.makers import (
 )
 
 RANKS, STEPS, DEADLINE = 2, 6, 150.0
-ROOT = Path(__file__).parent.parent.parent
 CONFIG = PreconditioningConfig(damping=0.1, ema_decay=0.4, preconditioner_upd_interval=2)
 
 Maker = Callable[[nn.Module], PreconditionedGradientMaker]
@@ -73,29 +70,7 @@ def run(folder: Path) -> list[dict[str, Any]]:
     """Run the job: by rank, what `trained` returned by "kind/name" and "kind/name/resumed".
 
     Whatever happens, every process of the job has ended afterwards."""
-    words = [
-        *(sys.executable, "-m", "torch.distributed.run", "--standalone"),
-        *("--nproc-per-node", str(RANKS), __file__, str(folder)),
-    ]
-    path = os.pathsep.join([str(ROOT), str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")])
-    environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
-    with open(folder / "output.txt", "wb") as output:
-        process = subprocess.Popen(
-            words,
-            stdin=subprocess.DEVNULL,
-            stdout=output,
-            stderr=subprocess.STDOUT,
-            env=environment,
-            start_new_session=True,
-        )
-        try:
-            code = process.wait(DEADLINE)
-        except subprocess.TimeoutExpired:
-            code = None
-        finally:
-            tree.kill(process.pid)
-            process.wait()
-    text = (folder / "output.txt").read_text(errors="replace")[-4000:]
+    code, text = run_job(folder, __file__, ranks=RANKS, deadline=DEADLINE)
     assert code == 0, f"the job ended with {code}\n{text}"
     return [torch.load(folder / f"rank{rank}.pt", weights_only=True) for rank in range(RANKS)]
 

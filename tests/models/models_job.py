@@ -8,8 +8,6 @@ from __future__ import annotations
 import faulthandler
 import hashlib
 import json
-import os
-import subprocess
 import sys
 import traceback
 from collections.abc import Sequence
@@ -21,12 +19,11 @@ import torch.distributed as dist
 from model_zoo import loss_of, make, share
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
+from torchrun_job import run_job
 
 from distcurv import KfacConfig, Preconditioner
-from distcurv.launcher import tree
 
 RANKS, STEPS, DEADLINE = 2, 20, 200.0
-ROOT = Path(__file__).parent.parent.parent
 
 # After the first steps the deterministic mode waits for the versions of the worker.
 SETTINGS: dict[str, Any] = {
@@ -45,28 +42,9 @@ def run(folder: Path, endpoint: str, names: Sequence[str]) -> list[dict[str, Any
     """Run the job; what each rank says of each model, by rank and name.
 
     Whatever happens, every process of the job has ended afterwards."""
-    words = [
-        *(sys.executable, "-m", "torch.distributed.run", "--standalone"),
-        *("--nproc-per-node", str(RANKS), __file__, str(folder), endpoint, *names),
-    ]
-    path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
-    environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
-    with open(folder / "output.txt", "wb") as output:
-        process = subprocess.Popen(
-            words,
-            stdin=subprocess.DEVNULL,
-            stdout=output,
-            stderr=subprocess.STDOUT,
-            env=environment,
-            start_new_session=True,
-        )
-        try:
-            process.wait(DEADLINE)
-        finally:
-            tree.kill(process.pid)
-            process.wait()
+    code, text = run_job(folder, __file__, endpoint, *names, ranks=RANKS, deadline=DEADLINE)
     said = [folder / f"rank{rank}.json" for rank in range(RANKS)]
-    text = (folder / "output.txt").read_text(errors="replace")[-6000:]
+    assert code is not None, f"the job did not end in time:\n{text}"
     assert all(path.exists() for path in said), f"a rank did not finish:\n{text}"
     return [json.loads(path.read_text()) for path in said]
 
