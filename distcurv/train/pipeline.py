@@ -101,15 +101,13 @@ class Pipeline:
         mine = [self.group.rank] if replicated else owners
         self.window = Window(self.table, [o for o in mine if o in owners], device)
         self._reduces = not replicated
-        job, generation = job_identity(self.group)
         self.lanes = Lanes(
             self.table,
             self.group.rank,
             links,
             self.depot,
             config,
-            job,
-            generation,
+            *job_identity(self.group),
             emit,
             inline_fallback,
         )
@@ -151,8 +149,10 @@ class Pipeline:
         step = self._begun = self.step_count
         plan = self.timetable.plan(step)
         try:
-            captured = self.window.captures, self.capture_due
-            now = fingerprint.of_text(repr((self.timetable.cycles.at(step), *captured, *settings)))
+            now = 0
+            if plan.together or Action.POLL in plan.actions:
+                due = self.timetable.cycles.at(step), self.window.captures, self.capture_due
+                now = fingerprint.of_text(repr((*due, *settings)))
             if plan.together and not self._accord.meet(step, Prints(self._print.now(grads), now)):
                 return []
             installs = self._run(step, plan, grads, now)
