@@ -61,7 +61,7 @@ def shared_job(worker: Supervisor, tmp_path_factory: pytest.TempPathFactory) -> 
                 f"delayed-{door}",
                 2,
                 "delayed_links",
-                {"door": door, "endpoints": worker.endpoints, "steps": 200, "seed": 7},
+                {"door": door, "endpoints": worker.endpoints, "versions": 10, "seed": 7},
             ),
             Scenario(
                 f"saved-{door}",

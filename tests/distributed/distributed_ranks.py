@@ -35,6 +35,8 @@ from distcurv.train.placement import Load
 
 Result = dict[str, Any]
 
+MOST_STEPS = 4000  # of a run that waits for its workers; a step takes a few milliseconds
+
 
 def equal_preconditioner(save: Callable[[Any], None], door: str, steps: int) -> Result:
     """Train a little, then take what is installed and what it makes of the next gradients."""
@@ -58,10 +60,19 @@ def equal_preconditioner(save: Callable[[Any], None], door: str, steps: int) -> 
     return {"log": log, "checksum": run.checksum()}
 
 
+def fewest_from_workers(run: Run) -> int:
+    """Versions that workers have made so far, of the rank that has the fewest: equal on all."""
+    fewest = torch.tensor(run.metrics()["versions_from_workers"])
+    dist.all_reduce(fewest, op=dist.ReduceOp.MIN)
+    return int(fewest)
+
+
 def delayed_links(
-    save: Callable[[Any], None], door: str, endpoints: list[str], steps: int, seed: int
+    save: Callable[[Any], None], door: str, endpoints: list[str], versions: int, seed: int
 ) -> Result:
-    """A run whose link on each rank delays every message at random, then its replay."""
+    """A run whose link on each rank delays every message at random, then its replay.
+
+    It trains until ``versions`` have come from workers to each rank, however slow they are."""
 
     def wrap(link: Any, rank: int) -> Any:
         return DelayedLink(link, 1000 * seed + rank, 0.01)
@@ -73,7 +84,10 @@ def delayed_links(
         "link_timeout": 30.0,
     }
     with wrapped_links(wrap), Run(door, endpoints, **settings) as run:
-        run.steps(steps)
+        steps = 0
+        while steps < MOST_STEPS and fewest_from_workers(run) < versions:
+            run.steps(20)
+            steps += 20
     log = [list(record) for record in run.door.install_log]
     with Run(door, "inline", replay=log, **settings) as again:
         again.steps(steps)
