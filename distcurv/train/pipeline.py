@@ -112,7 +112,7 @@ class Pipeline:
             inline_fallback,
         )
         self._reducing: _Reducing | None = None
-        self._switch = Switch(self.group, self.table)
+        self._switch = Switch(self.group, self.table, self.depot)
         self._accord = Accord(self.group, self.table.digest_number)
         self._print = fingerprint.Fingerprint(config.check_replicas)
         self._closed = False
@@ -240,8 +240,6 @@ class Pipeline:
         installs = self._switch.finish(step)
         for install in installs:
             self.installed[install.block] = install
-            if self.device.type == "cpu" and self.table.owners[install.block] == self.group.rank:
-                self.depot.share(install.block, install.version, install.flat)
             own = (install.version, install.since, install.through)
             for version in (*install.passed, own):
                 self.install_log.append(Record(step, install.block, *version))

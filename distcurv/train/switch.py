@@ -8,7 +8,7 @@ pinned until it is broadcast.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -17,12 +17,15 @@ from torch import Tensor
 from distcurv.curvature.kinds import KINDS
 from distcurv.curvature.spec import Tensors
 from distcurv.errors import StateError
-from distcurv.train.depot import State
+from distcurv.train.depot import Depot, State
 from distcurv.train.group import Poll, Prints, RankGroup, Spread
 from distcurv.train.table import BlockTable
 
 # Stands in a poll for a version that was due and will not come; larger than any other number.
 LOST = 2**62
+# In a bucket every block begins where memory of its own would: how products round may depend on
+# that, and a resumed run, whose blocks lie apart, should give the same bits.
+ALIGNED = 128  # numbers
 
 
 @dataclass(frozen=True)
@@ -55,11 +58,17 @@ def first_installs(table: BlockTable, seed: int, device: torch.device) -> list[I
 
 
 class Switch:
-    """Poll, announce, install.  Belongs to the training thread."""
+    """Poll, announce, install.  Belongs to the training thread.
 
-    def __init__(self, group: RankGroup, table: BlockTable) -> None:
+    Args:
+        group, table: of the job.
+        depot: where the versions of this rank's blocks are kept.
+    """
+
+    def __init__(self, group: RankGroup, table: BlockTable, depot: Depot) -> None:
         self._group = group
         self._table = table
+        self._depot = depot
         self._poll: Poll | None = None
         self._pinned: dict[int, list[State]] = {}
         self._rows: dict[int, int] = {}  # of a block in its owner's header
@@ -107,10 +116,7 @@ class Switch:
             if newer > 0:
                 blocks.setdefault(self._table.owners[block], []).append(block)
                 self._rows[block] = newer
-        sizes = {
-            owner: sum(self._table.published_layouts[b].size for b in mine)
-            for owner, mine in blocks.items()
-        }
+        sizes = {owner: sum(map(self._room, mine)) for owner, mine in blocks.items()}
         rows = {owner: sum(self._rows[b] for b in mine) for owner, mine in blocks.items()}
         headers: dict[int, Tensor] = {}
         buckets: dict[int, Tensor] = {}
@@ -126,9 +132,28 @@ class Switch:
                     if s.version > installed[block].version
                 ]
             )
-            buckets[rank] = torch.cat([s[-1].flat for s in states]).to(self._group.device)
+            host = torch.zeros(sizes[rank])
+            parts = self._parts(host, blocks[rank])
+            for block, part, held in zip(blocks[rank], parts, states, strict=True):
+                self._share(block, held[-1].version, part.copy_(held[-1].flat))
+            buckets[rank] = host.to(self._group.device)
         self._pinned = {}
         self._spread = self._group.begin_broadcast(blocks, rows, sizes, headers, buckets)
+
+    def _share(self, block: int, version: int, flat: Tensor) -> None:
+        """On a CPU an owner keeps a version once: where the training has it anyway."""
+        if self._group.device.type == "cpu":
+            self._depot.share(block, version, flat)
+
+    def _room(self, block: int) -> int:
+        """Numbers of a bucket that a block takes."""
+        return -(-self._table.published_layouts[block].size // ALIGNED) * ALIGNED
+
+    def _parts(self, bucket: Tensor, blocks: Sequence[int]) -> list[Tensor]:
+        """The published layouts of these blocks in a bucket; views."""
+        rooms = bucket.split([self._room(block) for block in blocks])
+        sizes = [self._table.published_layouts[block].size for block in blocks]
+        return [room[:size] for room, size in zip(rooms, sizes, strict=True)]
 
     def finish(self, step: int) -> list[Install]:
         """Finish the broadcasts; what all ranks install at ``step``, in the same order."""
@@ -138,17 +163,18 @@ class Switch:
         self._group.finish(spread.works)
         installs: list[Install] = []
         for owner, blocks in sorted(spread.blocks.items()):
-            sizes = [self._table.published_layouts[b].size for b in blocks]
-            parts = spread.buckets[owner].split(sizes)
+            parts = self._parts(spread.buckets[owner], blocks)
+            if len(blocks) < len(self._table.owned_by(owner)):
+                # Blocks that are replaced at different steps must not keep each other's memory.
+                parts = [part.clone() for part in parts]
             heads = spread.headers[owner].tolist()
             position = 0
-            for block, shared in zip(blocks, parts, strict=True):
-                # Memory of its own, which begins as a checkpoint's does: how products round may
-                # depend on that, and a resumed run should give the same bits.
-                part = shared.clone()
+            for block, part in zip(blocks, parts, strict=True):
                 end = position + self._rows[block]
                 *passed, (version, since, through, worker) = heads[position:end]
                 position = end
+                if owner == self._group.rank:
+                    self._share(block, version, part)
                 installs.append(
                     Install(
                         block,
