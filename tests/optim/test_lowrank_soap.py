@@ -165,7 +165,7 @@ def test_vectors_get_exactly_adamw() -> None:
     mine = [nn.Parameter(torch.randn(shape)) for shape in shapes]
     theirs = [nn.Parameter(p.detach().clone()) for p in mine]
     options: dict[str, Any] = {"lr": 0.03, "betas": (0.8, 0.9), "eps": 1e-6, "weight_decay": 0.2}
-    adamw = torch.optim.AdamW(theirs, **options)
+    adamw = torch.optim.AdamW(theirs, fused=True, **options)
     with soap(mine, **options) as optimizer:
         assert optimizer.block_names == []
         for _ in range(STEPS):
