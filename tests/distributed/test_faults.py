@@ -180,8 +180,10 @@ def test_without_a_worker_soap_refreshes_in_process_and_warns_once(
         assert run.metrics()["versions_from_workers"] == 0
         assert run.metrics()["versions_inline"] >= 12
         warned = [r.getMessage() for r in caplog.records if r.levelno >= logging.WARNING]
-        assert len(warned) == 1, warned
-        assert "refreshing in process" in warned[0]
+        # A busy machine may add that versions are stale, which is another matter.
+        unreachable = [text for text in warned if not text.startswith("staleness")]
+        assert len(unreachable) == 1, warned
+        assert "refreshing in process" in unreachable[0]
         with MouthWorker(endpoint=endpoint):
             train_until(run, from_workers(run), "versions of the late worker")
             train_until(run, installed(run), "they are installed")
