@@ -91,7 +91,7 @@ class RawZmq:
 
     def __init__(self, endpoint: str) -> None:
         self._socket: zmq.Socket[bytes] = zmq.Context.instance().socket(zmq.DEALER)
-        self._socket.set(zmq.LINGER, 200)
+        self._socket.set(zmq.LINGER, int(1000 * _PATIENCE_S))  # the peer waits for the end
         self._socket.set(zmq.RCVTIMEO, int(1000 * _PATIENCE_S))
         self._socket.connect(endpoint)
         self._payload = b""

@@ -29,8 +29,8 @@ def test_inner_phases_stop_the_outer_one() -> None:
     clock, worker = PhaseClock("cpu"), Worker()
     clock.watch(worker, "work", "capture")
     worker.work(0.0)  # outside a step: nothing is charged
-    clock.start("forward_backward")
     start = time.perf_counter()
+    clock.start("forward_backward")
     assert worker.work(0.02) == 0.02
     clock.to("apply")
     spent = seconds(clock.stop())
@@ -38,7 +38,7 @@ def test_inner_phases_stop_the_outer_one() -> None:
     assert worker.calls == 2
     assert list(spent) == ["forward_backward", "capture", "apply"]
     assert 0.02 <= spent["capture"] <= whole
-    assert spent["forward_backward"] + spent["apply"] <= whole - 0.02 + 1e-3
+    assert spent["forward_backward"] + spent["apply"] <= whole - 0.02
 
 
 def test_a_phase_ends_with_an_error() -> None:

@@ -156,11 +156,15 @@ def test_a_training_in_processes(tmp_path: Path, hardware: str) -> None:
 
 
 def test_a_training_with_a_worker_process(tmp_path: Path) -> None:
-    request = dataclasses.replace(DIGITS, method="lowrank-soap", lr=3e-3, steps=80)
-    known = Pool(Cache(tmp_path), 2, lambda request: None).complete(always(request))
-    counts = known[request]["counts"]
-    assert counts["versions_from_workers"] > 0 and counts["statistics_dropped"] == 0
-    assert known[request]["final"] < 2.0
+    pool = Pool(Cache(tmp_path), 2, lambda request: None)
+    for steps in (80, 400, 2000):  # more where the worker is slower
+        request = dataclasses.replace(DIGITS, method="lowrank-soap", lr=3e-3, steps=steps)
+        result = pool.complete(always(request))[request]
+        if result["counts"]["versions_from_workers"]:
+            break
+    assert result["counts"]["versions_from_workers"] > 0
+    assert result["counts"]["statistics_dropped"] == 0
+    assert result["final"] < 2.0
 
 
 def test_a_training_that_fails_says_why(tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from typing import Self
 
 from distcurv.launcher.tree import descendants
 
-DEADLINE_S = 120.0
+DEADLINE_S = 300.0
 
 
 class DemoProcess:

@@ -6,8 +6,10 @@ import dataclasses
 import io
 from pathlib import Path
 
+import pytest
 from rich.console import Console
 
+from distcurv.demo import progress
 from distcurv.demo.display import Display, final_table
 from distcurv.demo.progress import ProgressReader, ProgressWriter, Snapshot
 from distcurv.demo.report import summarise
@@ -21,7 +23,10 @@ RANK0 = dataclasses.replace(
 RANK1 = dataclasses.replace(BASE, step=12, loss=6.0, step_ms=4.0, t=1.5, version=3, staleness=22)
 
 
-def test_reader_waits_for_every_rank_and_combines_their_newest_lines(tmp_path: Path) -> None:
+def test_reader_waits_for_every_rank_and_combines_their_newest_lines(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(progress, "REPORT_PERIOD_S", 3600.0)
     paths = [tmp_path / f"{rank}.jsonl" for rank in range(2)]
     reader = ProgressReader(paths)
     assert reader.poll() is None

@@ -95,7 +95,7 @@ class Results:
 def run_ranks(
     scenarios: Sequence[Scenario],
     folder: Path,
-    deadline: float = 240.0,
+    deadline: float = 600.0,
     env: Mapping[str, str] | None = None,
 ) -> Results:
     """Run scenarios one after the other in one torchrun job, as many processes as the largest
@@ -113,7 +113,7 @@ def run_ranks(
     return Results(by_rank, {scenario.key: scenario.ranks for scenario in scenarios}, folder)
 
 
-def until(condition: Callable[[], Any], what: str, deadline: float = 60.0) -> Any:
+def until(condition: Callable[[], Any], what: str, deadline: float = 120.0) -> Any:
     """Wait for something true and return it; fails after ``deadline`` seconds."""
     end = time.monotonic() + deadline
     while not (found := condition()):

@@ -140,7 +140,7 @@ class MouthWorker:
     def __exit__(self, *exc: object) -> None:
         self._stop.set()
         self._server.wake()
-        self._thread.join(10)
+        self._thread.join(60)
         assert not self._thread.is_alive()
 
     def _serve(self) -> None:
@@ -198,7 +198,7 @@ class CuttingProxy:
         for one in self._sockets:
             _shut(one)
         for thread in self._threads:
-            thread.join(10)
+            thread.join(60)
             assert not thread.is_alive()
 
     def _spawn(self, target: Callable[..., None], *args: object) -> None:
@@ -213,7 +213,7 @@ class CuttingProxy:
             except OSError:
                 return
             try:
-                worker = socket.create_connection(self._target, timeout=5)
+                worker = socket.create_connection(self._target, timeout=60)
             except OSError:
                 _shut(owner)
                 continue

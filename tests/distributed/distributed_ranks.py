@@ -28,7 +28,6 @@ from distributed_tasks import DOORS, Run, observed_all_accounted
 
 from distcurv import wiring
 from distcurv.curvature.spec import BlockSpec, SideSpec
-from distcurv.train import accord
 from distcurv.train.cores import Cores
 from distcurv.train.group import RankGroup
 from distcurv.train.placement import Load
@@ -105,12 +104,24 @@ def skipped_step(
     save: Callable[[Any], None], door: str, at: int, steps: int, settings: Result
 ) -> Result:
     """Rank 1 leaves out one step() of the door; DDP's reductions go on."""
-    accord.MEETING_PATIENCE = accord.FAREWELL_PATIENCE = 1.5
-    with Run(door, **settings) as run:
+    in_vain = False  # whether the next wait may be the one for the step() that is left out
+    arrived = RankGroup.arrived
+
+    def impatient(group: RankGroup, work: dist.Work | None, timeout: float) -> bool:
+        """Waits as ever for a rank that is slow, and a moment for one that does not come."""
+        nonlocal in_vain
+        come = arrived(group, work, 1.5 if in_vain else timeout)
+        in_vain = in_vain and come
+        return come
+
+    with Run(door, **settings) as run, patch.object(RankGroup, "arrived", impatient):
         for step in range(steps):
             run.backward()
-            if not (run.rank == 1 and step == at):
-                run.update()
+            if step == at:
+                in_vain = run.rank == 0
+                if run.rank == 1:
+                    continue
+            run.update()
     return {}
 
 

@@ -61,6 +61,8 @@ SAVED_SETTINGS: dict[str, Any] = {
     "curvature_upd_interval": 1,
     "early_steps": 10,
     "install_delay": 0,
+    # Where a worker serves: no busy machine makes it count as gone.
+    "link_timeout": 60.0,
 }
 SAVED_AT = 21
 

@@ -7,9 +7,11 @@ import dataclasses
 import logging
 import os
 import signal
+import socket
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
@@ -20,7 +22,6 @@ from distributed_tasks import Run, make_model, observed_all_accounted
 
 from distcurv.errors import LinkError
 from distcurv.launcher.supervisor import Supervisor
-from distcurv.wire import bind
 from distcurv.wire.messages import Message, Published
 
 # Fast enough for a test; a worker's own heartbeat comes every second.
@@ -31,7 +32,7 @@ SETTINGS: dict[str, Any] = {
     "link_timeout": 2.5,
     "heartbeat": 0.3,
 }
-DEADLINE_S = 60.0
+DEADLINE_S = 120.0
 
 Condition = Callable[[dict[str, float | int]], bool]
 
@@ -43,10 +44,13 @@ def mortal() -> Iterator[Supervisor]:
         yield supervisor
 
 
-def free_endpoint() -> str:
-    server = bind("tcp://127.0.0.1:0")
-    server.close()
-    return server.endpoint
+@contextmanager
+def free_endpoint() -> Iterator[str]:
+    """Where nobody listens, and where in the body a worker can listen but nobody else will."""
+    with socket.socket() as keeper:
+        keeper.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        keeper.bind(("127.0.0.1", 0))
+        yield f"tcp://127.0.0.1:{keeper.getsockname()[1]}"
 
 
 def train_until(run: Run, condition: Condition, what: str) -> None:
@@ -86,6 +90,12 @@ def installed(run: Run, more: int = 6) -> Condition:
     return lambda metrics: metrics["versions_installed"] >= wanted
 
 
+def sessions(run: Run) -> int:
+    """How many the run has opened with its one worker."""
+    (lane,) = run.door._pipeline.lanes.lanes
+    return lane.remote.sessions
+
+
 def assert_accounted(run: Run) -> None:
     run.close()
     assert observed_all_accounted(run.metrics()), run.metrics()
@@ -95,10 +105,11 @@ def assert_accounted(run: Run) -> None:
 def test_a_killed_worker_is_restarted_and_serves_again(mortal: Supervisor, door: str) -> None:
     with Run(door, mortal.endpoints, **SETTINGS) as run:
         train_until(run, from_workers(run), "versions of the first worker")
+        before = sessions(run)
         (pid,) = mortal.pids
         os.kill(pid, signal.SIGKILL)
-        # It is gone while training goes on; the link notices by silence.
-        train_until(run, lambda metrics: metrics["links_up"] == 0, "the link is down")
+        # It is gone while training goes on; the link is lost, and up again in another session.
+        train_until(run, lambda metrics: sessions(run) > before, "another session")
         train_until(run, lambda metrics: metrics["links_up"] == 1, "the link is up again")
         train_until(run, from_workers(run), "versions of the second worker")
         train_until(run, installed(run), "they are installed")
@@ -107,16 +118,19 @@ def test_a_killed_worker_is_restarted_and_serves_again(mortal: Supervisor, door:
 
 
 def stopped_for(mortal: Supervisor, seconds: float, **settings: Any) -> None:
+    """At least so long, and until the session is given up; the stop does not stop the training."""
     with Run("kfac", mortal.endpoints, **{**SETTINGS, **settings}) as run:
         train_until(run, from_workers(run), "versions before the stop")
         (pid,) = mortal.pids
         os.kill(pid, signal.SIGSTOP)
         try:
-            end = time.monotonic() + seconds
-            before = run.step_count
-            while time.monotonic() < end:
-                run.steps(1)
-            assert run.step_count > before + 20  # the stop did not stop the training
+            end, least = time.monotonic() + seconds, run.step_count + 20
+            train_until(run, lambda metrics: metrics["links_up"] == 0, "the session is given up")
+            train_until(
+                run,
+                lambda metrics: time.monotonic() >= end and run.step_count >= least,
+                "steps without a worker",
+            )
         finally:
             os.kill(pid, signal.SIGCONT)
         train_until(run, from_workers(run), "versions after the stop")
@@ -125,8 +139,7 @@ def stopped_for(mortal: Supervisor, seconds: float, **settings: Any) -> None:
 
 
 def test_a_worker_that_stops_and_goes_on(mortal: Supervisor) -> None:
-    """Longer than link_timeout, so that the session is given up meanwhile."""
-    stopped_for(mortal, 4.0)
+    stopped_for(mortal, 0.0)
 
 
 @pytest.mark.slow
@@ -149,8 +162,11 @@ def plain_sgd(steps: int, lr: float = 0.01) -> list[torch.Tensor]:
 def test_without_a_worker_preconditioner_leaves_gradients_alone_and_warns_once(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    endpoint = free_endpoint()
-    with caplog.at_level(logging.WARNING), Run("kfac", [endpoint], **SETTINGS) as run:
+    with (
+        free_endpoint() as endpoint,
+        caplog.at_level(logging.WARNING),
+        Run("kfac", [endpoint], **SETTINGS) as run,
+    ):
         for _ in range(60):
             run.backward()
             before = run.grads()
@@ -174,8 +190,13 @@ def test_without_a_worker_preconditioner_leaves_gradients_alone_and_warns_once(
 def test_without_a_worker_soap_refreshes_in_process_and_warns_once(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    endpoint = free_endpoint()
-    with caplog.at_level(logging.WARNING), Run("soap", [endpoint], **SETTINGS) as run:
+    # However late a refresh is on a busy machine, there is no warning of that.
+    settings = {**SETTINGS, "max_staleness": 10**6}
+    with (
+        free_endpoint() as endpoint,
+        caplog.at_level(logging.WARNING),
+        Run("soap", [endpoint], **settings) as run,
+    ):
         train_until(run, installed(run, 12), "versions made in process")
         assert run.metrics()["versions_from_workers"] == 0
         assert run.metrics()["versions_inline"] >= 12

@@ -19,6 +19,7 @@ def test_sockets_and_memory_give_the_same_bits(worker: Supervisor, door: str, de
         "preconditioner_upd_interval": INTERVAL,
         "early_steps": EARLY,
         "install_delay": delay,
+        "link_timeout": 60.0,
     }
     with Run(door, "inline", **settings) as inline:
         inline.steps(STEPS)

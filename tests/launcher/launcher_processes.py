@@ -17,7 +17,7 @@ from distcurv.launcher import tree
 
 HERE = Path(__file__).parent
 ROOT = HERE.parent.parent
-DEADLINE_S = 60.0
+DEADLINE_S = 120.0
 
 
 def until(condition: Callable[[], Any], what: str, deadline: float = DEADLINE_S) -> Any:

@@ -32,7 +32,7 @@ def main() -> int:
     if verb == "exit" and rank == "0":
         # Once a rank has failed, torchrun ends the others: they must have told before.
         others = [folder / f"rank{other}.json" for other in range(int(os.environ["WORLD_SIZE"]))]
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + 120
         while not all(path.exists() for path in others) and time.monotonic() < deadline:
             time.sleep(0.02)
         return int(words[1])

@@ -146,6 +146,6 @@ def test_the_launcher_loads_no_torch() -> None:
         capture_output=True,
         text=True,
         check=True,
-        timeout=60,
+        timeout=120,
     )
     assert said.stdout == "False\n"

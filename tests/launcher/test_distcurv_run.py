@@ -79,7 +79,7 @@ def test_a_killed_launcher_leaves_no_orphans(start: Start) -> None:
     pids = {pid for rank in started.told(2) for pid in rank["pids"]} | set(started.below())
     assert len(pids) == 7
     started.process.kill()
-    until(lambda: not [pid for pid in pids if alive(pid)], "every process ends", deadline=20)
+    until(lambda: not [pid for pid in pids if alive(pid)], "every process ends")
 
 
 def test_a_killed_torchrun_leaves_no_orphans(start: Start) -> None:

@@ -20,14 +20,16 @@ FAKE = (sys.executable, str(Path(__file__).with_name("fake_worker.py")))
 def connects(endpoint: str) -> bool:
     host, port = endpoint.removeprefix("tcp://").split(":")
     with socket.socket() as probe:
-        probe.settimeout(1.0)
+        probe.settimeout(60.0)
         return probe.connect_ex((host, int(port))) == 0
 
 
 def test_starts_ends_and_hands_out_devices() -> None:
     lines: list[str] = []
     devices = ("cpu", "cuda:1")
-    with Supervisor(3, devices=devices, threads=2, command=FAKE, report=lines.append) as s:
+    with Supervisor(
+        3, devices=devices, threads=2, command=FAKE, end_timeout=60.0, report=lines.append
+    ) as s:
         pids, endpoints = s.pids, s.endpoints
         assert len(set(pids)) == len(set(endpoints)) == 3
         assert all(map(connects, endpoints))

@@ -27,7 +27,7 @@ def test_an_orderly_end_has_code_0_and_all_that_was_said(tmp_path: Path) -> None
     try:
         until(ready.exists, "the worker is ready")
         worker.send_signal(signal.SIGTERM)
-        said, _ = worker.communicate(timeout=60)
+        said, _ = worker.communicate(timeout=120)
     finally:
         worker.kill()
         worker.wait()

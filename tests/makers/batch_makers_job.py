@@ -23,7 +23,7 @@ from distcurv.makers.preconditioning_config import PreconditioningConfig
 from distcurv.makers.seng import SengGradientMaker
 
 LENGTHS = (4, 2)  # positions of the ranks' samples
-RANKS, STEPS, DEADLINE = 2, 4, 120.0
+RANKS, STEPS, DEADLINE = 2, 4, 400.0
 UNEVEN = (4, 2)  # samples of the ranks
 
 

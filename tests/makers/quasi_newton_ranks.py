@@ -27,7 +27,7 @@ from distcurv.makers import (
     PsgdGradientMaker,
 )
 
-RANKS, STEPS, DEADLINE = 2, 6, 150.0
+RANKS, STEPS, DEADLINE = 2, 6, 400.0
 CONFIG = PreconditioningConfig(damping=0.1, ema_decay=0.4, preconditioner_upd_interval=2)
 
 Maker = Callable[[nn.Module], PreconditionedGradientMaker]

@@ -186,6 +186,7 @@ def worker() -> Iterator[Supervisor]:
 def test_a_worker_gives_the_same_bits(worker: Supervisor, form: str) -> None:
     def run(workers: Any, delay: int | None) -> tuple[list[dict[str, Tensor]], list[Any], str]:
         settings = {"workers": workers, "install_delay": delay, "ema_decay": 0.3}
+        settings["link_timeout"] = 60.0  # whatever the machine is busy with
         own = maker(model_of("conv"), form, preconditioner_upd_interval=2, **settings)
         with closing(own) as gm:
             made = [step(gm, gm.model, "conv", at) for at in range(6)]

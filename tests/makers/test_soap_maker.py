@@ -228,6 +228,7 @@ def test_a_worker_gives_the_same_bits(worker: Supervisor, rank: int | None) -> N
     runs, logs = [], []
     for workers in ("inline", worker.endpoints):
         config = {"rank": rank, "install_delay": 2, "preconditioner_upd_interval": 2}
+        config["link_timeout"] = 60  # whatever the machine is busy with
         with closing(maker(model_of("conv"), workers=workers, early_steps=0, **config)) as gm:
             runs.append([made_gradients(gm, "conv", step) for step in range(9)])
             logs.append(gm.install_log)

@@ -23,7 +23,7 @@ from torchrun_job import run_job
 
 from distcurv import KfacConfig, Preconditioner
 
-RANKS, STEPS, DEADLINE = 2, 20, 200.0
+RANKS, STEPS, DEADLINE = 2, 20, 600.0
 
 # After the first steps the deterministic mode waits for the versions of the worker.
 SETTINGS: dict[str, Any] = {
@@ -35,6 +35,8 @@ SETTINGS: dict[str, Any] = {
     "curvature_upd_interval": 2,
     "early_steps": 4,
     "install_delay": 4,
+    # What a machine may be busy with before either side counts as gone.
+    "link_timeout": 60.0,
 }
 
 

@@ -68,7 +68,7 @@ def test_threads_and_two_writers_of_one_name_lose_and_tear_nothing(tmp_path: Pat
     for thread in threads:
         thread.start()
     for thread in threads:
-        thread.join(60)
+        thread.join()
     for emit in writers:
         emit.close()
     seen: dict[int, list[int]] = {}

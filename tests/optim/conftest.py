@@ -15,7 +15,7 @@ def threads_end() -> Iterator[None]:
     """Every thread that a test started through distcurv has ended after it."""
     before = set(threading.enumerate())
     yield
-    deadline = time.monotonic() + 10.0
+    deadline = time.monotonic() + 60.0
     left = [t for t in threading.enumerate() if t not in before and t.name.startswith("distcurv-")]
     for thread in left:
         thread.join(max(0.0, deadline - time.monotonic()))

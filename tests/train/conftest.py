@@ -11,7 +11,7 @@ import torch
 
 from distcurv.train import provider
 
-_DEADLINE = 10.0  # seconds for a thread that was told to end
+_DEADLINE = 60.0  # seconds for a thread that was told to end
 
 
 def _ours() -> set[threading.Thread]:

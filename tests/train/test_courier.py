@@ -41,7 +41,7 @@ class Rig:
         self.links.append(ScriptedLink(self.worker, waits=True))
         return self.links[-1]
 
-    def start(self, *, link_timeout: float = 30.0) -> Courier:
+    def start(self, *, link_timeout: float = 600.0) -> Courier:
         job = job_info(self.table, heartbeat=0.05, link_timeout=link_timeout, emit=self.events)
         self.courier = Courier(
             lambda: self.connect(), job, self.depot, "worker", self.events, "worker under test"

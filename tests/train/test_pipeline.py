@@ -100,7 +100,7 @@ def make(
             "early_steps": 0,
             "rank": 2,
             "heartbeat": 0.05,
-            "link_timeout": 30.0,
+            "link_timeout": 10 * DEADLINE,  # scripted workers are silent
             "wait_timeout": DEADLINE,
         }
         pipeline = Pipeline(
@@ -368,6 +368,7 @@ def test_the_deterministic_mode_with_a_mute_worker_too(
     make: Make, mute: Callable[[], Link]
 ) -> None:
     pipeline = make(remote=mute, install_delay=2, wait_timeout=0.3)
+    up(pipeline)
     with pytest.raises(StateError, match=r"waited 0.3 s for a refresh to finish"):
         run(pipeline, 4)
 
@@ -472,7 +473,7 @@ def test_accounting_holds_whatever_the_link_does(
     saved = provider._connector[:]
     provider.register_connector(services.connector(connect))
     config = ServiceConfig(
-        preconditioner_upd_interval=4, early_steps=2, rank=2, heartbeat=0.05, link_timeout=30.0
+        preconditioner_upd_interval=4, early_steps=2, rank=2, heartbeat=0.05, link_timeout=600.0
     )
     pipeline = Pipeline(
         SPECS, config, device=CPU, replicated=True, workers="inline", inline_fallback=fallback

@@ -447,7 +447,7 @@ def test_the_context_manager_leaves_no_hooks_and_no_threads() -> None:
         assert set(threading.enumerate()) - threads
     assert dict(torch_module._global_forward_hooks) == hooks
     assert not any(m._forward_hooks or m._backward_hooks for m in model.modules())
-    assert not set(threading.enumerate()) - threads
+    wait_until(lambda: not set(threading.enumerate()) - threads, "the threads to end")
 
 
 def test_no_hook_is_attached_where_no_statistic_is_due() -> None:
@@ -471,7 +471,7 @@ def test_an_error_inside_the_context_still_ends_everything() -> None:
         backward(model)
         precond.step()
         raise ZeroDivisionError
-    assert not set(threading.enumerate()) - threads
+    wait_until(lambda: not set(threading.enumerate()) - threads, "the threads to end")
     assert len(torch_module._global_forward_hooks) == hooks
 
 

@@ -20,7 +20,7 @@ from distcurv.train.table import BlockTable
 from distcurv.wire.link import ThreadOwned
 from distcurv.wire.messages import Ack, Hello, Message, Published, Seed, Statistics, Welcome
 
-DEADLINE = 20.0  # seconds; far above what a healthy run needs
+DEADLINE = 60.0  # seconds; far above what a healthy run needs
 M = TypeVar("M")
 
 

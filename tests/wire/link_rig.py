@@ -17,7 +17,7 @@ from distcurv.wire.memory import Mailbox, MemoryLink, MemoryServer
 from distcurv.wire.messages import Message
 from distcurv.wire.zmq_link import ZmqLink, ZmqServer, _context
 
-DEADLINE = 30.0  # seconds after which something that must happen has failed to
+DEADLINE = 120.0  # seconds after which something that must happen has failed to
 
 Result = TypeVar("Result")
 

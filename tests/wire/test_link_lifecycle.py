@@ -54,7 +54,8 @@ def test_a_peer_that_vanished_can_not_be_sent_to(rig: Rig) -> None:
     assert take(server).content.seq == 2
 
 
-def test_last_words_are_received_after_close(rig: Rig) -> None:
+def test_last_words_are_received_after_close(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(zmq_link, "LINGER_MS", 30_000)  # whatever the machine is busy with
     server = rig.server()
     link = rig.link(server)
     put(link, statistics(1))

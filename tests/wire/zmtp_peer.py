@@ -9,8 +9,8 @@ import contextlib
 import socket
 import struct
 
-from link_rig import DEADLINE
-
+# Seconds; zmq ends a connection by itself whose handshake takes 30.
+PATIENCE = 25.0
 GREETING = b"\xff" + bytes(8) + b"\x7f" + b"\x03\x00" + b"NULL".ljust(20, b"\0") + bytes(32)
 
 
@@ -25,7 +25,7 @@ class ZmtpPeer:
 
     def __init__(self, endpoint: str, shake_hands: bool = True) -> None:
         host, port = endpoint.removeprefix("tcp://").rsplit(":", 1)
-        self.socket = socket.create_connection((host, int(port)), timeout=DEADLINE)
+        self.socket = socket.create_connection((host, int(port)), timeout=PATIENCE)
         if shake_hands:
             self.socket.sendall(GREETING)
             ready = (

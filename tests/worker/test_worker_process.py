@@ -20,14 +20,25 @@ from distcurv.errors import ConfigError, EndpointError
 from distcurv.wire.messages import Ack, Error, Goodbye, Published, Welcome
 from distcurv.worker.main import serve
 
+# Gives its last words time to leave a busy machine, and notes why sessions ended.
 WORKER = """
 import sys
+from pathlib import Path
+from distcurv.worker import loop
 from distcurv.worker.main import serve
 from distcurv.worker.settings import WorkerSettings
 
-settings = WorkerSettings(heartbeat=0.1, session_timeout=2.0)
-sys.exit(serve(sys.argv[1], ready_file=sys.argv[2], settings=settings, emit=lambda *a, **k: None))
+loop.LAST_WORDS = 2.0
+settings = WorkerSettings(heartbeat=0.1, session_timeout=float(sys.argv[3]))
+
+def note(kind, **fields):
+    if kind == "session" and fields["state"] == "closed":
+        with Path(sys.argv[2]).with_suffix(".ends").open("a") as ends:
+            print(fields["reason"], file=ends)
+
+sys.exit(serve(sys.argv[1], ready_file=sys.argv[2], settings=settings, emit=note))
 """
+PATIENT = "600"  # no session of a test that is held up ends by its silence
 
 OWNER = """
 import sys
@@ -121,7 +132,7 @@ def one_version(owner: Owner, version: int, newest: torch.Tensor, seq: int) -> t
 def test_a_signal_drains_says_goodbye_and_ends_with_code_0(
     launch, join, tmp_path: Path, number: signal.Signals
 ) -> None:
-    worker = launch(WORKER, "tcp://127.0.0.1:0", str(tmp_path / "ready"))
+    worker = launch(WORKER, "tcp://127.0.0.1:0", str(tmp_path / "ready"), PATIENT)
     owner = join(ready(worker, tmp_path / "ready"))
     assert owner.open([LOWRANK]).pid == worker.process.pid
     newest = start_flat(LOWRANK)
@@ -130,13 +141,15 @@ def test_a_signal_drains_says_goodbye_and_ends_with_code_0(
     worker.process.send_signal(number)
     owner.await_(Goodbye)
     assert worker.process.wait(DEADLINE_S) == 0
-    assert [path.name for path in tmp_path.iterdir()] == ["ready"], "nothing partial is left"
+    assert {path.name for path in tmp_path.iterdir()} == {"ready", "ready.ends"}, (
+        "nothing partial is left"
+    )
 
 
 def test_after_sigkill_the_same_port_and_a_seed_continue_the_versions(
     launch, join, tmp_path: Path
 ) -> None:
-    first = launch(WORKER, "tcp://127.0.0.1:0", str(tmp_path / "one"))
+    first = launch(WORKER, "tcp://127.0.0.1:0", str(tmp_path / "one"), PATIENT)
     endpoint = ready(first, tmp_path / "one")
     owner = join(endpoint)
     owner.open([LOWRANK])
@@ -146,7 +159,7 @@ def test_after_sigkill_the_same_port_and_a_seed_continue_the_versions(
         newest = one_version(owner, version, newest, seq=version)
     first.process.kill()
     first.process.wait(DEADLINE_S)
-    second = launch(WORKER, endpoint, str(tmp_path / "two"))
+    second = launch(WORKER, endpoint, str(tmp_path / "two"), PATIENT)
     assert ready(second, tmp_path / "two") == endpoint
     owner = join(endpoint)
     assert owner.open([LOWRANK]).pid == second.process.pid
@@ -161,7 +174,7 @@ def test_after_sigkill_the_same_port_and_a_seed_continue_the_versions(
 def test_an_owner_killed_with_sigkill_frees_the_worker_after_the_timeout(
     launch, join, tmp_path: Path
 ) -> None:
-    worker = launch(WORKER, "tcp://127.0.0.1:0", str(tmp_path / "ready"))
+    worker = launch(WORKER, "tcp://127.0.0.1:0", str(tmp_path / "ready"), "5")
     endpoint = ready(worker, tmp_path / "ready")
     doomed = launch(OWNER, endpoint)
     assert doomed.line() == "open"
@@ -170,19 +183,16 @@ def test_an_owner_killed_with_sigkill_frees_the_worker_after_the_timeout(
     assert second.await_(Error).code == "busy"
     doomed.process.kill()
     deadline = time.monotonic() + DEADLINE_S
-    refusals = 0
-    while time.monotonic() < deadline:
+    while True:
         second.greet([LOWRANK])
         answer = second.link.receive(5.0)
         if isinstance(answer, Welcome):
             break
-        assert isinstance(answer, Error)
-        assert answer.code == "busy"
-        refusals += 1
+        assert answer is None or (isinstance(answer, Error) and answer.code == "busy")
+        assert time.monotonic() < deadline, "still busy"
         second.link.receive(0.1)  # nothing comes: this only spaces the attempts
-    else:
-        pytest.fail(f"still busy after {refusals} attempts")
-    assert refusals, "the session stands until its timeout"
+    # Not its broken connection: an owner may come back over another one.
+    assert (tmp_path / "ready.ends").read_text() == "nothing heard for 5.0 s\n"
 
 
 def test_bad_values_are_refused_before_anything_is_bound() -> None:

@@ -27,7 +27,7 @@ from distcurv.wire.messages import (
     Welcome,
 )
 
-DEADLINE_S = 60.0
+DEADLINE_S = 120.0
 Kind = TypeVar("Kind", bound=Message)
 
 LOWRANK = BlockSpec(
