@@ -1,6 +1,7 @@
 """``distcurv bench bytes``: what a refresh sends both ways, sketches against dense factors.
 
-Nothing is measured: the numbers come from the layouts that the messages are made of.
+Nothing is measured: the numbers come from the layouts that the messages are made of.  Sketches are
+counted as float32 (key ``sketch``) and with ``wire_dtype="float16"`` (key ``narrow``).
 """
 
 from __future__ import annotations
@@ -15,7 +16,8 @@ from distcurv.bench.block_presets import PRESETS, Shape, parse_shapes
 from distcurv.errors import ConfigError
 
 _DEFAULT_RANK = {"bert-large": 128}
-_FLOAT = 4  # bytes of a float32, in which everything travels
+_FLOAT = 4  # bytes of a float32
+_COUNTED = ("sketch", "narrow", "dense")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -59,7 +61,10 @@ def run(args: argparse.Namespace) -> int:
     draw(record.picture, content)
     show_table(
         f"bytes per refresh and block, {name}, r = {rank}, {args.rule}",
-        ("block", "count", "sketch out", "back", "dense out", "back", "less", "less than d²"),
+        (
+            *("block", "count", "sketch out", "back", "float16 out", "back", "dense out", "back"),
+            *("less", "less than d²", "float16 less", "less than d²"),
+        ),
         [_cells(row) for row in [*rows, total]],
     )
     show_files(record.file, record.picture)
@@ -71,7 +76,8 @@ def block_bytes(shape: Shape, rank: int, rule: str) -> dict[str, Any]:
 
     ``dense`` are packed triangles, what the kind ``dense`` sends; ``full`` are d² numbers for each
     side and direction, what an implementation without symmetry sends.  ``ratio`` and
-    ``ratio_to_full`` are those over the sketch, both directions together.
+    ``ratio_to_full`` are those over the sketch, both directions together; ``narrow_ratio`` and
+    ``narrow_ratio_to_full`` over the sketch and basis as float16.
     """
     from distcurv.curvature.kinds import KINDS
     from distcurv.curvature.spec import BlockSpec, SideSpec
@@ -92,20 +98,21 @@ def block_bytes(shape: Shape, rank: int, rule: str) -> dict[str, Any]:
         "count": shape.count,
         "encodings": [side.encoding for side in sketch_sides],
     }
-    for key, kind, sides in (
-        ("sketch", "lowrank", sketch_sides),
-        ("dense", "dense", dense_sides),
+    for key, kind, sides, wire_dtype in (
+        ("sketch", "lowrank", sketch_sides, "float32"),
+        ("narrow", "lowrank", sketch_sides, "float16"),
+        ("dense", "dense", dense_sides, "float32"),
     ):
-        spec = BlockSpec(shape.name, kind, tuple(sides), 0.95, 1e-3)
-        row[f"{key}_statistic"] = _FLOAT * KINDS[kind].statistic_layout(spec).size
-        row[f"{key}_preconditioner"] = _FLOAT * KINDS[kind].published_layout(spec).size
+        spec = BlockSpec(shape.name, kind, tuple(sides), 0.95, 1e-3, wire_dtype=wire_dtype)
+        row[f"{key}_statistic"] = KINDS[kind].statistic_layout(spec).nbytes
+        row[f"{key}_preconditioner"] = KINDS[kind].published_layout(spec).nbytes
     row["full"] = 2 * _FLOAT * sum(dim * dim for dim in dims)
     return row | _ratios(row)
 
 
 def total_bytes(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """The whole model: every row times its count."""
-    keys = ("sketch_statistic", "sketch_preconditioner", "dense_statistic", "dense_preconditioner")
+    keys = [f"{key}_{what}" for key in _COUNTED for what in ("statistic", "preconditioner")]
     total: dict[str, Any] = {"block": "all", "count": sum(row["count"] for row in rows)}
     for key in (*keys, "full"):
         total[key] = sum(row[key] * row["count"] for row in rows)
@@ -113,47 +120,51 @@ def total_bytes(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
 
 def _ratios(row: dict[str, Any]) -> dict[str, float]:
-    sketch = row["sketch_statistic"] + row["sketch_preconditioner"]
-    dense = row["dense_statistic"] + row["dense_preconditioner"]
-    return {"ratio": dense / sketch, "ratio_to_full": row["full"] / sketch}
+    sketch, narrow, dense = (
+        row[f"{key}_statistic"] + row[f"{key}_preconditioner"] for key in _COUNTED
+    )
+    return {
+        "ratio": dense / sketch,
+        "ratio_to_full": row["full"] / sketch,
+        "narrow_ratio": dense / narrow,
+        "narrow_ratio_to_full": row["full"] / narrow,
+    }
 
 
 def _cells(row: dict[str, Any]) -> list[str]:
-    numbers = [
-        f"{row[key]:,}"
-        for key in (
-            "count",
-            "sketch_statistic",
-            "sketch_preconditioner",
-            "dense_statistic",
-            "dense_preconditioner",
-        )
-    ]
-    return [row["block"], *numbers, f"{row['ratio']:.1f}×", f"{row['ratio_to_full']:.1f}×"]
+    keys = [f"{key}_{what}" for key in _COUNTED for what in ("statistic", "preconditioner")]
+    ratios = ("ratio", "ratio_to_full", "narrow_ratio", "narrow_ratio_to_full")
+    numbers = [f"{row[key]:,}" for key in ("count", *keys)]
+    return [row["block"], *numbers, *(f"{row[key]:.1f}×" for key in ratios)]
 
 
 def draw(path: Path, content: dict[str, Any]) -> None:
-    """Bars for each block: statistic and preconditioner, sketch beside dense."""
+    """Bars for each block: statistic and preconditioner, sketches beside dense."""
     from distcurv.bench.picture import OURS, PEER, new_figure, save
 
     figure, (axes,) = new_figure(1, width=9)
     rows = content["results"]
-    for place, key, colour in ((-0.2, "sketch", OURS), (0.2, "dense", PEER)):
+    bars = (
+        (-0.27, "narrow", OURS, "sketch, float16"),
+        (0.0, "sketch", "#8c7aa9", "sketch, float32"),
+        (0.27, "dense", PEER, "dense"),
+    )
+    for place, key, colour, name in bars:
         places = [index + place for index in range(len(rows))]
         out = [row[f"{key}_statistic"] / 1e6 for row in rows]
         back = [row[f"{key}_preconditioner"] / 1e6 for row in rows]
-        axes.bar(places, out, 0.38, color=colour, label=f"{key}: statistic")
+        axes.bar(places, out, 0.25, color=colour, label=f"{name}: statistic")
         axes.bar(
-            places, back, 0.38, bottom=out, color=colour, alpha=0.5, label=f"{key}: preconditioner"
+            places, back, 0.25, bottom=out, color=colour, alpha=0.5, label=f"{name}: preconditioner"
         )
     names = [f"{row['block']}\n× {row['count']}" for row in rows]
     axes.set_xticks(range(len(rows)), names, fontsize=8)
     axes.set_ylabel("MB per block and refresh")
     axes.legend()
-    settings = content["settings"]
+    settings, total = content["settings"], content["total"]
     save(
         figure,
         path,
-        f"{settings['model']}, r = {settings['rank']}: {content['total']['ratio']:.1f} times fewer "
-        "bytes than packed dense factors",
+        f"{settings['model']}, r = {settings['rank']}: {total['ratio']:.1f} times fewer bytes than "
+        f"packed dense factors, {total['narrow_ratio']:.1f} times as float16",
     )

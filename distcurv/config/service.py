@@ -44,7 +44,11 @@ class ServiceConfig:
         max_rows: statistics from activations read at most so many rows (tokens, positions) of each
             call, drawn anew at every step without bias.  ``auto``: 4 ``rank``, at least 256 (all
             rows for dense kinds).  None: all rows.
-        encoding: how statistics travel: ``auto`` (fewer bytes) | ``sketch`` | ``dense``.
+        encoding: how statistics travel: ``auto`` (fewer numbers) | ``sketch`` | ``dense``.
+        wire_dtype: what sketches and the bases that come back for them travel as between owners
+            and workers: ``float32``, or ``float16`` for half the bytes.  All ranks compute in
+            float32 either way.  Everything else (counts, traces, diagonals, eigenvalues), dense
+            statistics and other kinds than ``lowrank`` always travel as float32.
         install_delay: None for real asynchrony.  k >= 0 is the deterministic mode: after the
             early phase a version based on step t is installed exactly at t + k, and step()
             may wait for it.
@@ -75,6 +79,7 @@ class ServiceConfig:
     factor_decay: float = 0.95
     max_rows: int | str | None = "auto"
     encoding: str = "auto"
+    wire_dtype: str = "float32"
     install_delay: int | None = None
     max_staleness: int | None = None
     staleness_policy: str = "keep"
@@ -135,6 +140,12 @@ class ServiceConfig:
             self,
             "encoding",
             "use 'auto', 'sketch' or 'dense'",
+        )
+        require(
+            self.wire_dtype in ("float32", "float16"),
+            self,
+            "wire_dtype",
+            "use 'float32' or 'float16'",
         )
         require(
             self.staleness_policy in STALENESS_POLICIES,

@@ -65,13 +65,22 @@ class Estimate(NamedTuple):
         return self.to(torch.float64)
 
 
-def clamp_rounding(x: Tensor, scale: Tensor, what: str) -> Tensor:
+def rounding_of(noise: float) -> float:
+    """`ROUNDING` where each number of a sketch may err by the share ``noise`` of it besides.
+
+    An error N of the sketch A Q shows in the estimate as N Qᵀ + Q Nᵀ − Q QᵀN Qᵀ, in the diagonal
+    therefore as up to three times ``noise`` times the trace, and N's square adds less than that.
+    """
+    return ROUNDING + 4.0 * noise
+
+
+def clamp_rounding(x: Tensor, scale: Tensor, what: str, share: float = ROUNDING) -> Tensor:
     """``x`` [..., k] without the negative values that rounding leaves, ``scale`` [...] their size.
 
-    Raises `NumericsError` naming ``what`` where x < −`ROUNDING` · scale: that is no rounding, the
+    Raises `NumericsError` naming ``what`` where x < −``share`` · scale: that is no rounding, the
     numbers do not belong to one positive semidefinite matrix.
     """
-    if bool((x < -ROUNDING * scale.unsqueeze(-1)).any()):
+    if bool((x < -share * scale.unsqueeze(-1)).any()):
         worst = (x.amin(-1) / scale.clamp(min=torch.finfo(x.dtype).tiny)).min().item()
         raise NumericsError(
             f"{what} is negative, {worst:.2e} of the trace: the statistic is not the sum of one "
@@ -81,7 +90,12 @@ def clamp_rounding(x: Tensor, scale: Tensor, what: str) -> Tensor:
 
 
 def complete(
-    U_dr: Tensor, lam_r: Tensor, tail: str, trace: Tensor, diag_d: Tensor | None
+    U_dr: Tensor,
+    lam_r: Tensor,
+    tail: str,
+    trace: Tensor,
+    diag_d: Tensor | None,
+    noise: float = 0.0,
 ) -> Estimate:
     """The estimate whose tail makes up for what the eigenpairs leave of the trace or diagonal.
 
@@ -91,21 +105,24 @@ def complete(
         tail: ``none | isotropic | diagonal``.
         trace: tr A [...].
         diag_d: diagonal of A [..., d]; only read for a diagonal tail, needed there.
+        noise: of the sketch that U and lam come from, see `rounding_of`.
 
     Raises:
         NumericsError: more than rounding is missing (see `clamp_rounding`).
     """
+    share = rounding_of(noise)
     if tail == "isotropic":
         left_over = (trace - lam_r.sum(-1)).unsqueeze(-1)
-        clamp_rounding(left_over, trace, "the isotropic tail")
+        clamp_rounding(left_over, trace, "the isotropic tail", share)
         level = isotropic_level(lam_r.flip(-1), left_over, U_dr.shape[-2])
         return Estimate(U_dr, torch.maximum(lam_r, level), level, trace)
     if tail == "diagonal":
         assert diag_d is not None
         res_d = diag_d - (U_dr.square() * lam_r.unsqueeze(-2)).sum(-1)
-        return Estimate(U_dr, lam_r, clamp_rounding(res_d, trace, "the diagonal tail"), trace)
+        res_d = clamp_rounding(res_d, trace, "the diagonal tail", share)
+        return Estimate(U_dr, lam_r, res_d, trace)
     left_over = (trace - lam_r.sum(-1)).unsqueeze(-1)
-    clamp_rounding(left_over, trace, "what the basis leaves of the trace")
+    clamp_rounding(left_over, trace, "what the basis leaves of the trace", share)
     return Estimate(U_dr, lam_r, None, trace)
 
 

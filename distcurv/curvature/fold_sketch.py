@@ -25,10 +25,11 @@ import torch
 from torch import Tensor
 
 from distcurv.curvature.ema import EmaWeights
-from distcurv.curvature.estimate import ROUNDING, Estimate, isotropic_level
+from distcurv.curvature.estimate import ROUNDING, Estimate, isotropic_level, rounding_of
 from distcurv.curvature.factorisation import eigh_ascending
 from distcurv.curvature.frame import Frame, frame_with
 from distcurv.curvature.innovation import ratio
+from distcurv.curvature.nystrom import outweigh
 from distcurv.curvature.precision import products_are_full
 
 _TINY = 1e-20  # stands for the size of a sketch that is zero
@@ -43,6 +44,7 @@ class Sketch(NamedTuple):
     trace_B: Tensor
     diag_Bd: Tensor | None  # where the tail is diagonal
     count_B: Tensor  # float64, above 0
+    noise: float = 0.0  # what each number of Y may err by beyond float32, as a share of it
 
 
 class Folded(NamedTuple):
@@ -57,7 +59,7 @@ class _Projected(NamedTuple):
 
     frame: Frame
     Y_Bsr: Tensor  # coordinates of Y + νQ
-    core_Brr: Tensor  # Qᵀ(Y + νQ)
+    core_Brr: Tensor  # Qᵀ(Y + νQ), see also `outweigh`
     shift_B1: Tensor  # ν
     scale_B1: Tensor  # what it was divided by
     trace_B1: Tensor  # 1, or 0 for an empty sketch
@@ -101,11 +103,12 @@ def fold_sketch(old: Estimate, sketch: Sketch, shares: EmaWeights) -> Folded | N
     cut_Br, theta_Br = torch.split(theta_Bs.clamp_(min=0), r, -1)
     lam_Br, W_Bsr = theta_Br.flip(-1), W_Bss[..., r:].flip(-1)
 
-    # No entry may be negative; the last two go as far as `clamp_rounding` does.
+    # No entry may be negative; the last two go as far as `complete` does.
+    share = rounding_of(sketch.noise)
     margins = [
         -core_info_B.unsqueeze(-1),
         torch.add(old_weights_Br, old_trace_B1, alpha=ROUNDING),
-        torch.add(left_B1, trace_B1, alpha=ROUNDING),
+        torch.add(left_B1, trace_B1, alpha=share),
     ]
     tail: Tensor | None = None
     if diagonal:
@@ -115,7 +118,7 @@ def fold_sketch(old: Estimate, sketch: Sketch, shares: EmaWeights) -> Folded | N
         U_Bdr, cut_Bdr, seen_Bdr = torch.split(tall, r, -1)
         U_Bdr = U_Bdr.contiguous()
         res_Bd = sketch.diag_Bd / scale_B1 - seen_Bdr.square().sum(-1)
-        margins.append(torch.add(res_Bd, trace_B1, alpha=ROUNDING))
+        margins.append(torch.add(res_Bd, trace_B1, alpha=share))
         tail = old.tail * a_B1 + res_Bd.clamp_(min=0) * b_B1 + cut_Bdr.square().sum(-1)
     else:
         U_Bdr = frame.vectors(W_Bsr)
@@ -140,11 +143,13 @@ def _projected(old: Estimate, sketch: Sketch) -> _Projected:
     size_B11 = torch.linalg.vector_norm(Y_Bdr, dim=(-2, -1), keepdim=True)
     # What the shift must outweigh is the rounding of the data: see `nystrom`.
     rounding = math.sqrt(U_Bdr.shape[-2]) * torch.finfo(sketch.Y_Bdr.dtype).eps
-    shift_B11 = rounding * size_B11.clamp(min=_TINY)
+    shift_B11 = (rounding + sketch.noise**2) * size_B11.clamp(min=_TINY)
     Y_Bdr.add_(Q_Bdr * shift_B11)
 
     frame, Y_Bsr = frame_with(U_Bdr, Y_Bdr)
     core_Brr = Y_Bsr[:, : Q_Bdr.shape[-1]] if same else (Q_Bdr.mT @ Y_Bdr).double()
+    if sketch.noise:
+        core_Brr = outweigh(core_Brr, Y_Bsr, sketch.noise)
     shift_B1, size_B1 = shift_B11.double().squeeze(-1), size_B11.double().squeeze(-1)
     scale_B1 = scale_B.double().unsqueeze(-1)
     unit_B1 = scale_B1 / sketch.count_B.unsqueeze(-1)

@@ -47,6 +47,7 @@ def refresh_side(
     basis_Bdr: Tensor,
     shares: EmaWeights,
     products: Products = Products(),  # noqa: B008 - it cannot be changed
+    noise: float = 0.0,
 ) -> SideRefresh:
     """Fold a side's statistic into its estimate.
 
@@ -59,6 +60,8 @@ def refresh_side(
             measure the innovation.
         shares: from `ema_weights`, [B].
         products: of a dense statistic.
+        noise: what each number of a sketch's ``Y`` may err by, as a share of it, beyond float32:
+            `distcurv.curvature.narrow.HALF_STEP` where it travelled as float16.
 
     Returns:
         The new estimate in the dtype of ``old``. Where the statistic is empty it is not meaningful
@@ -73,7 +76,9 @@ def refresh_side(
             side, old, known, statistic, count_B, basis_Bdr, shares, products
         )
     else:
-        estimate, innovation_B = _fold_sketch(side, old, statistic, count_B, basis_Bdr, shares)
+        estimate, innovation_B = _fold_sketch(
+            side, old, statistic, count_B, basis_Bdr, shares, noise
+        )
     dtype = old.U_dr.dtype
     return SideRefresh(
         estimate.to(dtype),
@@ -104,11 +109,12 @@ def _fold_sketch(
     count_B: Tensor,
     basis_Bdr: Tensor,
     shares: EmaWeights,
+    noise: float,
 ) -> Folded:
     """The fast way where there is one; where it stops short of an answer, the reference's."""
     if 2 * side.rank <= side.dim:
         sketch = Sketch(
-            statistic["Y"], basis_Bdr, statistic["trace"], statistic.get("diag"), count_B
+            statistic["Y"], basis_Bdr, statistic["trace"], statistic.get("diag"), count_B, noise
         )
         try:
             folded = fold_sketch(old, sketch, shares)
@@ -116,12 +122,12 @@ def _fold_sketch(
             folded = None  # what went wrong, if anything, is found out below
         if folded is not None:
             return folded
-    U_Bdr, lam_Br = nystrom(statistic["Y"], basis_Bdr, count_B)
+    U_Bdr, lam_Br = nystrom(statistic["Y"], basis_Bdr, count_B, noise)
     diag_Bd = None
     if side.tail == "diagonal":
         diag_Bd = statistic["diag"].double() / count_B[:, None]
     trace_B = statistic["trace"].double() / count_B
-    second = complete(U_Bdr, lam_Br, side.tail, trace_B, diag_Bd)
+    second = complete(U_Bdr, lam_Br, side.tail, trace_B, diag_Bd, noise)
     mean_Y_Bdr = statistic["Y"].double() / count_B[:, None, None]
     return Folded(
         fold(old, second, shares.old_share, shares.new_share),

@@ -2,7 +2,8 @@
 
 A `BlockSpec` says which sides a block has, how each side's statistic is encoded and which kind
 refreshes it.  A `Layout` turns the named tensors of a statistic or of a preconditioner into one
-flat float32 buffer and back, so that buckets, broadcasts and frames depend on shapes only.
+flat float32 buffer and back, so that buckets, broadcasts and frames depend on shapes only; it also
+says which of them travel between owners and workers as float16 (see `distcurv.curvature.narrow`).
 
 Letters: B blocks of one shape, d a side's dimension, r its rank.
 """
@@ -11,7 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -22,6 +23,7 @@ from distcurv.errors import ShapeError
 TAILS = ("none", "isotropic", "diagonal")
 RANKLESS = ("diagonal", "unit")  # encodings of factors that have no basis
 ENCODINGS = ("sketch", "dense", *RANKLESS)
+WIRE_DTYPES = ("float32", "float16")
 SIDE_NAMES = ("A", "G")  # input side, output side: prefixes of the names in a layout
 ONE_SIDE = "F"  # the prefix where a block has one side alone
 MOST_SIDES = 8  # of a tensor of more than two dimensions: one side for each, M0, M1, ...
@@ -97,6 +99,9 @@ class BlockSpec:
         max_itr: products with a dense factor in one refresh of kind ``lowrank``, at most; 0: one,
             and two for the first version.
         tolerance: they end where the basis moves by less, see `power_eigenpairs`.
+        wire_dtype: what sketches and bases of kind ``lowrank`` travel as between owners and
+            workers: ``float32 | float16``.  All other numbers, other encodings and other kinds
+            travel as float32 whatever it says.
     """
 
     name: str
@@ -108,6 +113,7 @@ class BlockSpec:
     power: float = 1.0
     max_itr: int = 0
     tolerance: float = 0.0
+    wire_dtype: str = "float32"
 
     def __post_init__(self) -> None:
         if not 1 <= len(self.sides) <= MOST_SIDES:
@@ -137,6 +143,11 @@ class BlockSpec:
                 f"BlockSpec {self.name!r} has max_itr {self.max_itr} and tolerance "
                 f"{self.tolerance}: give numbers >= 0, max_itr at most {MOST_PRODUCTS}"
             )
+        if self.wire_dtype not in WIRE_DTYPES:
+            raise ShapeError(
+                f"BlockSpec {self.name!r} has wire_dtype {self.wire_dtype!r}: use one of "
+                f"{', '.join(WIRE_DTYPES)}"
+            )
 
     def named_sides(self) -> Iterator[tuple[str, SideSpec]]:
         """The sides with their prefixes: A before G, F where there is one side, or M0, M1, ..."""
@@ -157,6 +168,7 @@ class BlockSpec:
             self.power,
             self.max_itr,
             self.tolerance,
+            self.wire_dtype,
         )
 
     def to_fields(self) -> dict[str, object]:
@@ -167,9 +179,12 @@ class BlockSpec:
 
 
 class Layout:
-    """Names and shapes of tensors that travel as one flat float32 buffer, in a fixed order."""
+    """Names and shapes of tensors that make one flat float32 buffer, in a fixed order.
 
-    def __init__(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
+    ``narrow`` names those that travel between owners and workers as float16; ``nbytes`` is what
+    all of them take on that way."""
+
+    def __init__(self, shapes: Mapping[str, tuple[int, ...]], narrow: Iterable[str] = ()) -> None:
         self.shapes: dict[str, tuple[int, ...]] = dict(shapes)
         self.offsets: dict[str, int] = {}
         position = 0
@@ -177,6 +192,10 @@ class Layout:
             self.offsets[name] = position
             position += math.prod(shape)
         self.size = position
+        self.narrow = frozenset(narrow)
+        self.narrow_size = sum(math.prod(self.shapes[name]) for name in self.narrow)
+        self.columns = sum(self.shapes[name][-1] for name in self.narrow)  # each with a scale
+        self.nbytes = 4 * (self.size + self.columns) - 2 * self.narrow_size
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.shapes)

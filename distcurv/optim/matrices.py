@@ -91,4 +91,10 @@ def matrix_spec(matrix: Matrix, config: ServiceConfig) -> BlockSpec:
         wanted = "sketch" if sharded and name == "G" else config.encoding
         encoding = resolve_encoding(dim, rank, "isotropic", wanted)
         sides.append(SideSpec(dim, rank, "isotropic", encoding))
-    return BlockSpec(matrix.name, "lowrank", tuple(sides), config.factor_decay)
+    return BlockSpec(
+        matrix.name,
+        "lowrank",
+        tuple(sides),
+        config.factor_decay,
+        wire_dtype=config.wire_dtype,
+    )

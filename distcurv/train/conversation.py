@@ -13,13 +13,14 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
 
+from distcurv.curvature.narrow import Sent, join, sent_sizes, settled
 from distcurv.errors import DistcurvError
 from distcurv.train.depot import Depot, State
 from distcurv.train.table import BlockTable
 from distcurv.wire.link import Link
 from distcurv.wire.messages import (
+    NOTHING,
     PROTOCOL,
     Ack,
     Error,
@@ -69,7 +70,7 @@ class Parcel:
     seq: int
     out: Outgoing
     seeds: dict[int, list[State]] = field(repr=False)
-    payload: Tensor = field(default_factory=lambda: torch.empty(0), repr=False)
+    sent: Sent = field(default=Sent(torch.empty(0), NOTHING), repr=False)
     fetched: bool = False
 
 
@@ -117,7 +118,8 @@ class Conversation:
             through=out.span.through,
             blocks=[self._local[b] for b in out.blocks],
             basis=out.basis,
-            payload=parcel.payload,
+            payload=parcel.sent.payload,
+            narrow=parcel.sent.narrow,
         )
         self._congested = not self.link.send(message)
         if not self._congested:
@@ -225,15 +227,19 @@ class Conversation:
     def _take(self, message: Published) -> None:
         blocks = self._globals(message.blocks)
         layouts = [self._job.table.published_layouts[block] for block in blocks]
-        sizes = [layout.size for layout in layouts]
-        if message.payload.numel() != sum(sizes) or message.payload.dtype != torch.float32:
+        sent = Sent(message.payload, message.narrow)
+        got = [(tensor.numel(), tensor.dtype) for tensor in sent]
+        wide, narrow = sent_sizes(layouts)
+        if got != [(wide, torch.float32), (narrow, torch.float16)]:
+            told = " and ".join(f"{count} {dtype}" for count, dtype in got)
             raise SessionLost(
-                f"a preconditioner of {message.payload.numel()} {message.payload.dtype} numbers "
-                f"came for blocks that need {sum(sizes)} float32 numbers"
+                f"a preconditioner of {told} numbers came for blocks that need {wide} float32 and "
+                f"{narrow} float16 numbers"
             )
         taken: list[int] = []
-        for i, (block, part) in enumerate(zip(blocks, message.payload.split(sizes), strict=True)):
-            flat = part.clone()
+        parts = zip(blocks, layouts, join(layouts, sent), strict=True)
+        for i, (block, layout, part) in enumerate(parts):
+            flat = settled(layout, part)
             seq, version = message.seqs[i], message.versions[i]
             if seq > self._last_seq:
                 raise SessionLost(f"worker answered statistic {seq}, sent were {self._last_seq}")
@@ -250,7 +256,7 @@ class Conversation:
             ):
                 self._depot.count(rejected=1)
                 self.forget_seeds([block])
-        nbytes = 4 * message.payload.numel()
+        nbytes = sent.payload.nbytes + sent.narrow.nbytes
         if self._route == "worker":
             self._depot.count(bytes_in=nbytes)
         if taken:

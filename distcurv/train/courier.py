@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from distcurv.curvature.narrow import Sent, split
 from distcurv.errors import DistcurvError
 from distcurv.train.backlog import Span
 from distcurv.train.conversation import Conversation, JobInfo, Parcel, SessionLost
@@ -221,7 +222,7 @@ class Courier:
                 if self._outbox and self._outbox[0] is parcel:
                     self._outbox.popleft()
             out = parcel.out
-            nbytes = parcel.payload.numel() * parcel.payload.element_size()
+            nbytes = parcel.sent.payload.nbytes + parcel.sent.narrow.nbytes
             self._emit(
                 "statistic_sent",
                 seq=parcel.seq,
@@ -235,9 +236,10 @@ class Courier:
             self._depot.count(sent=1, bytes_out=nbytes if self.route == "worker" else 0)
 
     def _fetch(self, parcel: Parcel) -> None:
-        """Bring a payload to the CPU, in this thread and on a stream of its own."""
+        """Bring a payload to the CPU as it travels, in this thread and on a stream of its own."""
         if parcel.fetched:
             return
+        layouts = [self._job.table.statistic_layouts[block] for block in parcel.out.blocks]
         payload = parcel.out.payload
         if payload.is_cuda:
             if self._copy_stream is None:
@@ -245,6 +247,8 @@ class Courier:
             with torch.cuda.stream(self._copy_stream):
                 if parcel.out.ready is not None:
                     self._copy_stream.wait_event(parcel.out.ready)
-                payload = payload.to("cpu")
-        parcel.payload = payload
+                wide, narrow = split(layouts, payload)
+                parcel.sent = Sent(wide.to("cpu"), narrow.to("cpu"))
+        else:
+            parcel.sent = split(layouts, payload)
         parcel.fetched = True

@@ -13,7 +13,7 @@ They are of one CPU core; another machine scales both sides of the comparison mo
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
@@ -108,9 +108,9 @@ def refresh_operations(spec: BlockSpec) -> float:
 
 
 def exchanged_bytes(spec: BlockSpec) -> int:
-    """Bytes of a block's statistic and of its preconditioner, float32."""
+    """Bytes of a block's statistic and of its preconditioner between owner and worker."""
     kind = KINDS[spec.kind]
-    return 4 * (kind.statistic_layout(spec).size + kind.published_layout(spec).size)
+    return kind.statistic_layout(spec).nbytes + kind.published_layout(spec).nbytes
 
 
 def inline_seconds(specs: Sequence[BlockSpec], calibration: Calibration = CALIBRATION) -> float:
@@ -119,7 +119,8 @@ def inline_seconds(specs: Sequence[BlockSpec], calibration: Calibration = CALIBR
     for spec in specs:
         rates = calibration.inline.get(spec.kind, calibration.inline["dense"])
         total += rates.block + rates.operation * refresh_operations(spec)
-        total += rates.byte * exchanged_bytes(spec)
+        # What a refresh computes with is float32, however it travels.
+        total += rates.byte * exchanged_bytes(replace(spec, wire_dtype="float32"))
     return total
 
 

@@ -162,6 +162,7 @@ def block_spec(found: FoundLayer, bias: bool, config: KfacConfig) -> BlockSpec:
         config.damping_form == "relative",
         max_itr=(config.max_itr or 0) if kind == "lowrank" else 0,
         tolerance=config.tolerance if kind == "lowrank" else 0.0,
+        wire_dtype=config.wire_dtype if kind == "lowrank" else "float32",
     )
 
 

@@ -58,9 +58,11 @@ _BLOCK: dict[str, Check] = {
     "power": Float(0.0),
     "max_itr": Int(),
     "tolerance": Float(0.0),
+    "wire_dtype": Text(),
 }
 
 _SESSION = Bytes((16,))
+_NARROW = Payload(("f2",))
 
 RULES: dict[str, Rule] = {
     "hello": Rule(
@@ -97,6 +99,7 @@ RULES: dict[str, Rule] = {
             "blocks": Ints(),
             "basis": Ints(),
             "payload": Payload(),
+            "narrow": _NARROW,
         },
         beside=("basis",),
     ),
@@ -122,6 +125,7 @@ RULES: dict[str, Rule] = {
             "innovation": Floats(),
             "seconds": Float(0.0),
             "payload": Payload(),
+            "narrow": _NARROW,
         },
         beside=("versions", "based_on", "seqs", "uncaptured", "innovation"),
     ),

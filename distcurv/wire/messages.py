@@ -5,7 +5,9 @@ each field what the codec must check before a value is believed.  There is no I/
 
 Conventions: ``blocks`` are indices into the session's block table (the list in `Hello`);
 lists that stand beside ``blocks`` have the same length; ``payload`` is one flat float32 tensor,
-the concatenation of the blocks' layouts in the order of ``blocks``.
+the concatenation of the blocks' layouts in the order of ``blocks``.  What the blocks' table has
+travel as float16 is left out there and is in ``narrow``, in the same order: one flat float16
+tensor, empty where there is nothing of the sort.
 """
 
 from __future__ import annotations
@@ -15,7 +17,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-PROTOCOL = 2
+PROTOCOL = 3
+NOTHING = torch.empty(0, dtype=torch.float16)
 
 
 @dataclass(frozen=True)
@@ -49,7 +52,7 @@ class Seed:
     blocks: list[int]
     versions: list[int]
     based_on: list[int]  # the training step that each version is based on; -1 for none
-    payload: Tensor  # published layouts
+    payload: Tensor  # published layouts, all of them float32: a state is exact
 
 
 @dataclass(frozen=True)
@@ -63,6 +66,7 @@ class Statistics:
     blocks: list[int]
     basis: list[int]  # version of the basis that each block's sketch was taken against
     payload: Tensor  # statistic layouts
+    narrow: Tensor = NOTHING
 
 
 @dataclass(frozen=True)
@@ -89,6 +93,7 @@ class Published:
     innovation: list[float]  # largest over the sides; -1 where there was nothing to compare
     seconds: float  # compute time of this refresh, for all its blocks together
     payload: Tensor  # published layouts
+    narrow: Tensor = NOTHING
 
 
 @dataclass(frozen=True)

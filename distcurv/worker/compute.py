@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from distcurv.curvature.kinds import KINDS
+from distcurv.curvature.narrow import Sent, as_received, split
 from distcurv.curvature.spec import BlockSpec, Tensors
 from distcurv.errors import ConfigError, NumericsError, ShapeError
 from distcurv.worker.jobs import Failed, Folded, Item, Job, Outcome
@@ -81,10 +82,18 @@ class Computer:
             self._gather([statistics.views(item.statistic) for item in items]),
             self._gather([layout.views(item.basis) for item in items]),
         )
-        published = layout.pack(refreshed.published).cpu()
+        published, state = layout.pack(refreshed.published), refreshed.state
+        sent: list[Sent] = []
+        if layout.narrow:
+            sent = [split([layout], one) for one in published]
+            # What the owner has of it is what this worker goes on from, as after a seed.
+            published = torch.stack([as_received(layout, one) for one in sent])
+            state = kind.seed(spec, layout.views(published))
+            sent = [Sent(one.payload.cpu(), one.narrow.cpu()) for one in sent]
+        published = published.cpu()
         faults = {
             "the preconditioner": _non_finite([published]),
-            "the state": _non_finite(list(refreshed.state.values())),
+            "the state": _non_finite(list(state.values())),
             "the residual": _non_finite([refreshed.uncaptured, refreshed.innovation]),
         }
         uncaptured = refreshed.uncaptured.tolist()
@@ -96,9 +105,10 @@ class Computer:
                 results.append(Failed(f"{' and '.join(bad)} of {item.name} came out non-finite"))
                 continue
             # Copies of their own: a view would keep the whole batch alive.
-            state = {key: value[index].clone() for key, value in refreshed.state.items()}
+            own = {key: value[index].clone() for key, value in state.items()}
             flat = published[index].clone()
-            results.append(Folded(state, flat, uncaptured[index], innovation[index]))
+            travels = sent[index] if sent else split([layout], flat)
+            results.append(Folded(own, travels, flat, uncaptured[index], innovation[index]))
         return results
 
     def _state(self, spec: BlockSpec, item: Item) -> Tensors:

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from distcurv.curvature.narrow import Sent, join, sent_sizes
 from distcurv.curvature.spec import Layout
 from distcurv.errors import ProtocolError
 from distcurv.wire.messages import Ack, Error, Seed, Statistics
@@ -26,7 +27,8 @@ _WHY = {
 
 
 def check_statistics(session: Session, message: Statistics) -> list[Tensor]:
-    """One flat view of the payload per block; raises `ProtocolError` ``bad_statistic``."""
+    """One flat float32 tensor per block, a view of the payload where nothing of the message is
+    narrow; raises `ProtocolError` ``bad_statistic``."""
     code = "bad_statistic"
     _check_blocks(session, message.blocks, code, unique=True)
     _check_lengths(code, message.blocks, message.basis)
@@ -37,7 +39,7 @@ def check_statistics(session: Session, message: Statistics) -> list[Tensor]:
     if message.since > message.through:
         raise ProtocolError(code, f"steps {message.since} to {message.through} are no range")
     layouts = [session.store.blocks[block].statistic_layout for block in message.blocks]
-    return _split(message.payload, layouts, code)
+    return _join(Sent(message.payload, message.narrow), layouts, code)
 
 
 def queue_statistics(
@@ -45,7 +47,7 @@ def queue_statistics(
 ) -> list[Error]:
     """Queue what can be folded; one `Error` per reason names what cannot."""
     session.last_seq = message.seq
-    finite = bool(torch.isfinite(message.payload).all())
+    finite = all(bool(torch.isfinite(t).all()) for t in (message.payload, message.narrow))
     refused: dict[str, list[int]] = defaultdict(list)
     for block, basis, part in zip(message.blocks, message.basis, parts, strict=True):
         code = session.store.refusal(block, basis)
@@ -114,6 +116,19 @@ def _check_lengths(code: str, blocks: Sequence[int], *lists: Sequence[int]) -> N
     for other in lists:
         if len(other) != len(blocks):
             raise ProtocolError(code, f"{len(blocks)} blocks with {len(other)} numbers beside them")
+
+
+def _join(sent: Sent, layouts: Sequence[Layout], code: str) -> list[Tensor]:
+    wide, narrow = sent_sizes(layouts)
+    got = [(t.dtype, list(t.shape)) for t in sent]
+    if got != [(torch.float32, [wide]), (torch.float16, [narrow])]:
+        told = " and ".join(f"{dtype} {shape}" for dtype, shape in got)
+        raise ProtocolError(
+            code,
+            f"the message holds {told}: the blocks' layouts need torch.float32 [{wide}] and "
+            f"torch.float16 [{narrow}] (is wire_dtype the same on both sides?)",
+        )
+    return join(layouts, sent)
 
 
 def _split(payload: Tensor, layouts: Sequence[Layout], code: str) -> list[Tensor]:

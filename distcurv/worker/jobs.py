@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from distcurv.curvature.narrow import Sent
 from distcurv.curvature.spec import BlockSpec, Tensors
 
 
@@ -36,9 +37,13 @@ class Job:
 
 @dataclass(frozen=True)
 class Folded:
-    """A refresh that worked: new state (no batch dimension) and the flat published tensors."""
+    """A refresh that worked.
+
+    ``state`` is without batch dimension; ``sent`` is the version as it travels, and ``published``
+    as its owner has it then: the same tensor as ``sent.payload`` where nothing is narrow."""
 
     state: Tensors
+    sent: Sent
     published: Tensor
     uncaptured: float
     innovation: float

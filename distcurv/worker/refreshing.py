@@ -125,7 +125,7 @@ class Refreshing:
             blocks=names,
             versions=message.versions,
             based_on=message.based_on,
-            bytes=message.payload.nbytes,
+            bytes=message.payload.nbytes + message.narrow.nbytes,
             owner=session.hello.owner,
         )
         ack = Ack(session.id, "statistics", blocks, [job.seq] * len(blocks))

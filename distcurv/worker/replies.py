@@ -24,7 +24,8 @@ def error_message(
 
 
 def published_message(session: bytes, releases: Sequence[tuple[int, Release]]) -> Published:
-    """One message with the versions of several blocks; its payload is memory of its own."""
+    """One message with the versions of several blocks; its tensors are memory of their own."""
+    sent = [release.sent for _, release in releases]
     return Published(
         session=session,
         blocks=[block for block, _ in releases],
@@ -34,7 +35,8 @@ def published_message(session: bytes, releases: Sequence[tuple[int, Release]]) -
         uncaptured=[release.uncaptured for _, release in releases],
         innovation=[release.innovation for _, release in releases],
         seconds=sum(release.seconds for _, release in releases),
-        payload=torch.cat([release.published for _, release in releases]),
+        payload=torch.cat([one.payload for one in sent]),
+        narrow=torch.cat([one.narrow for one in sent]),
     )
 
 
@@ -45,10 +47,11 @@ def published_messages(
     part: list[tuple[int, Release]] = []
     size = 0
     for block, release in releases:
-        if part and size + release.published.nbytes > limit:
+        nbytes = release.sent.payload.nbytes + release.sent.narrow.nbytes
+        if part and size + nbytes > limit:
             yield published_message(session, part)
             part, size = [], 0
         part.append((block, release))
-        size += release.published.nbytes
+        size += nbytes
     if part:
         yield published_message(session, part)

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from torch import Tensor
 
 from distcurv.curvature.kinds import KINDS
+from distcurv.curvature.narrow import Sent
 from distcurv.curvature.spec import BlockSpec, Layout, Tensors
 from distcurv.worker.jobs import Folded, Item
 from distcurv.worker.schedule import Waiting
@@ -39,7 +40,7 @@ class Release:
     version: int
     based_on: int
     seq: int
-    published: Tensor  # flat, published layout
+    sent: Sent  # flat, published layout
     uncaptured: float
     innovation: float
     seconds: float  # this block's share of the compute time
@@ -178,7 +179,7 @@ class BlockStore:
             version=entry.newest,
             based_on=done.through,
             seq=done.seq,
-            published=result.published,
+            sent=result.sent,
             uncaptured=result.uncaptured,
             innovation=result.innovation,
             seconds=seconds,

@@ -19,7 +19,7 @@ LARGEST_DIM = 2**24  # keeps every size far inside 64 bits
 
 _BLOCK_FIELDS = {
     *("name", "kind", "sides", "decay", "damping", "relative_damping", "power"),
-    *("max_itr", "tolerance"),
+    *("max_itr", "tolerance", "wire_dtype"),
 }
 _SIDE_FIELDS = {"dim", "rank", "tail", "encoding", "units"}
 
@@ -38,7 +38,8 @@ def read_table(entries: Sequence[Mapping[str, object]], room: int) -> list[Block
 
 
 def claimed_bytes(specs: Sequence[BlockSpec], settings: WorkerSettings) -> int:
-    """Worst case of what the blocks keep: every basis, one state, a full queue of statistics.
+    """Worst case of what the blocks keep: every basis, one state, a full queue of statistics, and
+    what is sent where it is not the newest basis itself.
 
     Raises `ProtocolError`: ``bad_table`` where a kind has no layout for a block, ``too_large``
     where a block would not fit into a message."""
@@ -46,7 +47,8 @@ def claimed_bytes(specs: Sequence[BlockSpec], settings: WorkerSettings) -> int:
     for spec in specs:
         kind = KINDS[spec.kind]
         try:
-            published = kind.published_layout(spec).size * FLOAT_BYTES
+            layout = kind.published_layout(spec)
+            published = layout.size * FLOAT_BYTES
             statistic = kind.statistic_layout(spec).size * FLOAT_BYTES
         except ShapeError as error:
             raise ProtocolError("bad_table", f"block {spec.name}: {error}") from error
@@ -57,6 +59,7 @@ def claimed_bytes(specs: Sequence[BlockSpec], settings: WorkerSettings) -> int:
                 f"{MESSAGE_BYTES} can be sent: lower its rank or leave it out",
             )
         total += (settings.max_bases + 1) * published + (settings.max_queued + 1) * statistic
+        total += layout.nbytes if layout.narrow else 0
     return total
 
 
@@ -79,10 +82,20 @@ def _read_block(entry: Mapping[str, object], index: int) -> BlockSpec:
     power = _number(entry["power"], f"{where}: power")
     max_itr = _whole(entry["max_itr"], f"{where}: max_itr")
     tolerance = _number(entry["tolerance"], f"{where}: tolerance")
+    wire_dtype = _text(entry["wire_dtype"], f"{where}: wire_dtype")
     sides_read = tuple(_read_side(side, where) for side in sides)
     try:
         return BlockSpec(
-            name, kind, sides_read, decay, damping, relative, power, max_itr, tolerance
+            name,
+            kind,
+            sides_read,
+            decay,
+            damping,
+            relative,
+            power,
+            max_itr,
+            tolerance,
+            wire_dtype,
         )
     except ShapeError as error:
         raise ProtocolError("bad_table", f"{where}: {error}") from error

@@ -17,21 +17,28 @@ def test_lowrank_soap_by_hand() -> None:
     assert row["sketch_statistic"] == 4 * (200 * 8 + 100 * 8 + 2 + 2 + 1)
     # U, λ (8 each), one number for each tail, trace and weight for each side.
     assert row["sketch_preconditioner"] == 4 * (200 * 8 + 100 * 8 + 16 + 2 + 2 + 2)
+    # As float16 Y and U take half, and a scale for each column; all else is as it was.
+    assert row["narrow_statistic"] == 2 * (200 * 8 + 100 * 8) + 4 * (16 + 2 + 2 + 1)
+    assert row["narrow_preconditioner"] == 2 * (200 * 8 + 100 * 8) + 4 * (16 + 16 + 2 + 2 + 2)
     # Packed triangles, a count for each side, and the steps; back: trace, damping, weight.
     triangles = 200 * 201 // 2 + 100 * 101 // 2
     assert row["dense_statistic"] == 4 * (triangles + 2 + 1)
     assert row["dense_preconditioner"] == 4 * (triangles + 6)
     assert row["full"] == 2 * 4 * (200**2 + 100**2)
     sketch = row["sketch_statistic"] + row["sketch_preconditioner"]
-    assert row["ratio"] == pytest.approx(
-        (row["dense_statistic"] + row["dense_preconditioner"]) / sketch, rel=1e-12
-    )
+    narrow = row["narrow_statistic"] + row["narrow_preconditioner"]
+    dense = row["dense_statistic"] + row["dense_preconditioner"]
+    assert row["ratio"] == pytest.approx(dense / sketch, rel=1e-12)
+    assert row["ratio_to_full"] == pytest.approx(row["full"] / sketch, rel=1e-12)
+    assert row["narrow_ratio"] == pytest.approx(dense / narrow, rel=1e-12)
+    assert row["narrow_ratio_to_full"] == pytest.approx(row["full"] / narrow, rel=1e-12)
 
 
 def test_kfac_has_a_bias_coordinate_and_a_diagonal_tail() -> None:
     row = block_bytes(Shape("w", 100, 200), 8, "kfac")
     assert row["sketch_statistic"] == 4 * (201 * 8 + 100 * 8 + 100 + 2 + 2 + 1)
     assert row["sketch_preconditioner"] == 4 * (201 * 8 + 100 * 8 + 16 + 1 + 100 + 2 + 2)
+    assert row["narrow_preconditioner"] == row["sketch_preconditioner"] - 2 * 301 * 8 + 4 * 16
     assert row["full"] == 2 * 4 * (201**2 + 100**2)
 
 
@@ -40,6 +47,9 @@ def test_a_narrow_side_travels_dense() -> None:
     assert row["encodings"] == ["sketch", "dense"]
     assert row["sketch_statistic"] == 4 * (200 * 16 + 2 + 55 + 1 + 1)
     assert row["sketch_preconditioner"] == 4 * (200 * 16 + 10 * 10 + 26 + 2 + 2 + 2)
+    # And stays float32: the dense side's eigenbasis too.
+    assert row["narrow_statistic"] == row["sketch_statistic"] - 2 * 200 * 16 + 4 * 16
+    assert row["narrow_preconditioner"] == row["sketch_preconditioner"] - 2 * 200 * 16 + 4 * 16
 
 
 def test_bert_large_by_hand(tmp_path: Path) -> None:
@@ -54,6 +64,8 @@ def test_bert_large_by_hand(tmp_path: Path) -> None:
     triangle, wide = 1024 * 1025 // 2, 4096 * 4097 // 2
     assert total["dense_statistic"] == 4 * (96 * (2 * triangle + 3) + 48 * (triangle + wide + 3))
     assert total["full"] == 8 * (96 * 2 * 1024**2 + 48 * (1024**2 + 4096**2))
+    # The goal, against the stricter of the two dense baselines.
+    assert total["narrow_ratio"] > 15
 
 
 def test_given_shapes(tmp_path: Path) -> None:

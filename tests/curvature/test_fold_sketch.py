@@ -153,7 +153,8 @@ def test_batched_equals_alone(tail: str) -> None:
     assert whole is not None
 
     def one(tensors, i: int):  # type: ignore[no-untyped-def]
-        return type(tensors)(*(None if t is None else t[i : i + 1].clone() for t in tensors))
+        parts = (t[i : i + 1].clone() if isinstance(t, torch.Tensor) else t for t in tensors)
+        return type(tensors)(*parts)
 
     for i in range(B):
         alone = fold_sketch(one(case.old, i), one(case.sketch, i), one(shares(), i))

@@ -28,6 +28,7 @@ SHARED: list[tuple[str, list[Any], str]] = [
     ("max_rows", [0, -1, 1.5, True, "all"], "use 'auto', None or an integer >= 1"),
     ("factor_decay", [1.0, 1.5, -0.1, NAN, INF, None, "0.9"], r"give a number in \[0, 1\)"),
     ("encoding", ["Sketch", "", None, 3], "use 'auto', 'sketch' or 'dense'"),
+    ("wire_dtype", ["f2", "bfloat16", "float64", "", None, 16], "use 'float32' or 'float16'"),
     ("staleness_policy", ["drop", "", None], "use 'keep' or 'fallback'"),
     ("link_timeout", [0, -1, NAN, INF, None, "5"], SECONDS),
     ("heartbeat", [0, -1, NAN, None], SECONDS),

@@ -107,6 +107,7 @@ def changed_specs() -> list[BlockSpec]:
         dataclasses.replace(base, relative_damping=True),
         dataclasses.replace(base, max_itr=2),
         dataclasses.replace(base, tolerance=0.1),
+        dataclasses.replace(base, wire_dtype="float16"),
         BlockSpec(base.name, "shampoo", dense, base.decay),
         BlockSpec(base.name, "shampoo", dense, base.decay, power=0.5),
         *(
@@ -127,7 +128,7 @@ def test_every_field_of_a_spec_is_in_the_test_above() -> None:
     """A new field needs a line in `changed_specs`."""
     assert {f.name for f in dataclasses.fields(BlockSpec)} == {
         *("name", "kind", "sides", "decay", "damping", "relative_damping", "power"),
-        *("max_itr", "tolerance"),
+        *("max_itr", "tolerance", "wire_dtype"),
     }
     assert {f.name for f in dataclasses.fields(SideSpec)} == {
         *("dim", "rank", "tail", "encoding", "units")

@@ -44,6 +44,11 @@ def tensor(code: object = "<f4", shape: object = (5,), index: object = 1) -> Cas
     return changed("seed", payload=[code, shape, index])
 
 
+def narrow(code: str = "f2", shape: object = (3,), index: object = 2) -> Case:
+    """The second tensor of a statistic."""
+    return changed("statistics", narrow=[codec._ORDER + code, shape, index])
+
+
 def without(kind: str, field: str) -> Case:
     def make() -> Frames:
         valid = plain(encode(SAMPLES[kind], LIMITS))
@@ -89,6 +94,8 @@ CASES: list[tuple[str, Case]] = [
     ("duplicate_field", twice),
     ("missing_field", without("ack", "numbers")),
     ("missing_field", changed("hello", blocks=[{}])),
+    ("missing_field", without("statistics", "narrow")),
+    ("missing_field", without("published", "narrow")),
     ("unknown_field", changed("ack", more=1)),
     ("unknown_field", block(__class__="x")),
     ("unknown_field", block(sides=[{**SIDE, "more": 1}])),
@@ -118,7 +125,9 @@ CASES: list[tuple[str, Case]] = [
     ("out_of_range", block(max_itr=-1)),
     ("wrong_type", block(tolerance="0")),
     ("out_of_range", block(tolerance=-1.0)),
+    ("wrong_type", block(wire_dtype=16)),
     ("wrong_type", block(sides=[[1, 2]])),
+    ("wrong_type", changed("statistics", narrow=None)),
     ("wrong_type", changed("hello", blocks=["x"])),
     ("wrong_type", tensor(index=True)),
     ("out_of_range", changed("welcome", pid=-1)),
@@ -144,6 +153,9 @@ CASES: list[tuple[str, Case]] = [
     ("unknown_dtype", tensor(code="float32")),
     ("unknown_dtype", tensor(code=">f4" if codec._ORDER == "<" else "<f4")),
     ("wrong_dtype", tensor(code=codec._ORDER + "f8")),
+    ("wrong_dtype", tensor(code=codec._ORDER + "f2")),
+    ("wrong_dtype", narrow(code="f4")),
+    ("wrong_dtype", narrow(code="bf16")),
     ("wrong_shape", tensor(shape=[])),
     ("wrong_shape", tensor(shape=[5, 1])),
     ("wrong_shape", tensor(shape=[-5])),
@@ -154,12 +166,15 @@ CASES: list[tuple[str, Case]] = [
     ("wrong_nbytes", tensor(shape=[4])),
     ("wrong_nbytes", tensor(shape=[6])),
     ("wrong_nbytes", tensor(shape=[0])),
+    ("wrong_nbytes", narrow(shape=[2])),
+    ("wrong_nbytes", narrow(index=1)),
     ("too_large", tensor(shape=[25_001])),
     ("too_large", tensor(shape=[2**62])),
     ("missing_frame", tensor(index=2)),
     ("missing_frame", tensor(index=0)),
     ("missing_frame", tensor(index=-1)),
     ("missing_frame", changed("seed", frames=1)),
+    ("missing_frame", changed("published", frames=2)),
     ("extra_frame", lambda: [*plain(encode(SAMPLES["seed"], LIMITS)), b"more"]),
     ("extra_frame", lambda: [*plain(encode(SAMPLES["ack"], LIMITS)), b""]),
 ]

@@ -21,12 +21,18 @@ from distcurv.wire.zmq_link import _CONTEXTS, ZmqServer, _context
 
 
 def raw(seq: int, numbers: int = 100_000) -> tuple[bytes, bytes]:
-    header, payload = encode(statistics(seq, numbers), Limits())
+    header, payload, narrow = encode(statistics(seq, numbers), Limits())
+    assert not len(narrow)
     return bytes(header), bytes(payload)
 
 
+def whole(header: bytes, payload: bytes) -> bytes:
+    return frame(header, more=True) + frame(payload, more=True) + frame(b"")
+
+
 def half_payload(header: bytes, payload: bytes) -> bytes:
-    return frame(header, more=True) + frame(payload[: len(payload) // 2], declared=len(payload))
+    half = frame(payload[: len(payload) // 2], more=True, declared=len(payload))
+    return frame(header, more=True) + half
 
 
 def header_only(header: bytes, payload: bytes) -> bytes:
@@ -41,8 +47,7 @@ def test_the_raw_peer_is_understood(tcp_rig: Rig) -> None:
     """Without this, the tests below could pass because the peer never got anywhere."""
     server = tcp_rig.server()
     peer = ZmtpPeer(server.endpoint)
-    header, payload = raw(1)
-    peer.send(frame(header, more=True) + frame(payload))
+    peer.send(whole(*raw(1)))
     assert take(server).content.seq == 1
     peer.socket.close()
 
@@ -70,8 +75,7 @@ def test_half_a_message_is_never_delivered(
 def test_a_whole_message_of_a_peer_that_died_is_delivered_alone(tcp_rig: Rig) -> None:
     server = tcp_rig.server()
     peer = ZmtpPeer(server.endpoint)
-    header, payload = raw(1)
-    peer.send(frame(header, more=True) + frame(payload) + half_payload(*raw(2)))
+    peer.send(whole(*raw(1)) + half_payload(*raw(2)))
     assert take(server).content.seq == 1
     peer.die()
     assert server.receive(0.3) is None

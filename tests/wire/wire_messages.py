@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
 from hypothesis import strategies as st
 
 from distcurv.wire import checks
-from distcurv.wire.codec import Buffer
+from distcurv.wire.codec import DTYPES, Buffer
 from distcurv.wire.fields import RULES, Payload
 from distcurv.wire.messages import (
     PROTOCOL,
@@ -37,16 +38,27 @@ BLOCK = {
     "power": 0.25,
     "max_itr": 3,
     "tolerance": 1e-3,
+    "wire_dtype": "float16",
 }
 
+NARROW = torch.tensor([1.5, -2.0, 3.0], dtype=torch.float16)
 SAMPLES: dict[str, Message] = {
     "hello": Hello(PROTOCOL, b"j" * 16, SESSION, 0, 1, b"h" * 32, [BLOCK, BLOCK]),
     "welcome": Welcome(SESSION, 4711, "cuda:0"),
     "seed": Seed(SESSION, [0, 1], [3, 4], [-1, 20], torch.arange(5.0)),
-    "statistics": Statistics(SESSION, 7, 10, 19, [0, 1], [3, 3], torch.arange(6.0)),
+    "statistics": Statistics(SESSION, 7, 10, 19, [0, 1], [3, 3], torch.arange(6.0), NARROW),
     "ack": Ack(SESSION, "statistics", [0, 1], [7, 7]),
     "published": Published(
-        SESSION, [0, 1], [4, 5], [19, 19], [7, 7], [0.1, 0.2], [-1.0, 0.5], 0.01, torch.arange(3.0)
+        SESSION,
+        [0, 1],
+        [4, 5],
+        [19, 19],
+        [7, 7],
+        [0.1, 0.2],
+        [-1.0, 0.5],
+        0.01,
+        torch.arange(3.0),
+        NARROW,
     ),
     "heartbeat": Heartbeat(SESSION, 0.25, 3),
     "goodbye": Goodbye(SESSION, "done"),
@@ -105,7 +117,8 @@ def _values(check: Any, length: int) -> st.SearchStrategy[Any]:
             fields = {key: _values(inner, 0) for key, inner in check.fields.items()}
             return st.lists(st.fixed_dictionaries(fields), max_size=3)
         case Payload():
-            return st.binary(max_size=64).map(_floats_of)
+            (code,) = check.codes
+            return st.binary(max_size=64).map(partial(_numbers_of, DTYPES[code]))
     raise AssertionError(f"no strategy for {check}: add one")
 
 
@@ -113,11 +126,10 @@ def _has_int(check: Any) -> bool:
     return isinstance(check, checks.Int | checks.Ints)
 
 
-def _floats_of(raw: bytes) -> torch.Tensor:
+def _numbers_of(dtype: torch.dtype, raw: bytes) -> torch.Tensor:
     """Any bit patterns, infinities and NaNs among them: the codec does not look into payloads."""
-    count = len(raw) // 4
-    flat = torch.frombuffer(bytearray(raw[: 4 * count]), dtype=torch.float32) if count else None
-    return torch.empty(0) if flat is None else flat
+    whole = raw[: len(raw) // dtype.itemsize * dtype.itemsize]
+    return torch.frombuffer(bytearray(whole), dtype=dtype) if whole else torch.empty(0, dtype=dtype)
 
 
 @st.composite

@@ -203,6 +203,8 @@ HUGE = BlockSpec("huge", "lowrank", (SideSpec(2**20, 1024), SideSpec(2**20, 1024
         ([{**FIELDS, "max_itr": 10_001}], "bad_table"),
         ([{**FIELDS, "max_itr": 1.5}], "bad_table"),
         ([{**FIELDS, "tolerance": float("nan")}], "bad_table"),
+        ([{**FIELDS, "wire_dtype": "bfloat16"}], "bad_table"),
+        ([{**FIELDS, "wire_dtype": 16}], "bad_table"),
         ([{**FIELDS, "sides": []}], "bad_table"),
         ([{**FIELDS, "sides": "A"}], "bad_table"),
         ([{**FIELDS, "sides": [3]}], "bad_table"),

@@ -48,6 +48,9 @@ class Kind(Protocol):
         ``s.count`` ().  Per block: ``steps`` (), and for kfe ``S.squares`` (d of G, d of A), of as
         many samples as G counts.  Of a tensor's sides ``s`` is M0, M1, ...
 
+        Of kind ``lowrank`` it names ``s.Y`` as what may travel as float16, the published one
+        ``s.U`` (`BlockSpec.wire_dtype`); those bases arrive with orthonormal columns again.
+
         Raises `ShapeError` for sides that the kind does not take; so does `published_layout`."""
         ...
 

@@ -28,6 +28,7 @@ from distcurv.curvature.kinds.batch import (
 from distcurv.curvature.kinds.kind import Refreshed
 from distcurv.curvature.kinds.sides import require_sides
 from distcurv.curvature.lowrank import Products, SideRefresh, refresh_side
+from distcurv.curvature.narrow import HALF_STEP
 from distcurv.curvature.spec import MOST_SIDES, BlockSpec, Layout, SideSpec, Tensors
 from distcurv.curvature.statistics import statistic_shapes
 
@@ -39,7 +40,7 @@ class LowRank:
 
     def statistic_layout(self, spec: BlockSpec) -> Layout:
         _require_sides(spec)
-        return Layout(statistic_shapes(spec))
+        return Layout(statistic_shapes(spec), [f"{name}.Y" for name in _narrow_sides(spec)])
 
     def published_layout(self, spec: BlockSpec) -> Layout:
         _require_sides(spec)
@@ -52,7 +53,7 @@ class LowRank:
                 shapes[f"{name}.tail"] = (1,) if side.tail == "isotropic" else (side.dim,)
             shapes[f"{name}.trace"] = ()
             shapes[f"{name}.weight"] = ()
-        return Layout(shapes)
+        return Layout(shapes, [f"{name}.U" for name in _narrow_sides(spec)])
 
     def start(self, spec: BlockSpec, seed: int) -> Tensors:
         start = {
@@ -78,6 +79,7 @@ class LowRank:
         weights = [state[f"{name}.weight"] for name, _ in spec.named_sides()]
         all_shares = ema_weights(spec.decay, steps_B, torch.stack(weights))  # [sides, B]
         products = Products(spec.max_itr, spec.tolerance)
+        narrow = _narrow_sides(spec)
         new: Tensors = {}
         uncaptured, innovation = [], []
         for i, (name, side) in enumerate(spec.named_sides()):
@@ -91,7 +93,8 @@ class LowRank:
             old, known_B = side_estimate(side, name, state), weight_B > 0
             if side.rank:
                 Q_Bdr = basis[f"{name}.U"]
-                side_refresh = refresh_side(side, old, known_B, own, Q_Bdr, shares, products)
+                noise = HALF_STEP if name in narrow else 0.0
+                side_refresh = refresh_side(side, old, known_B, own, Q_Bdr, shares, products, noise)
             else:
                 side_refresh = _refresh_diagonal(name, old, known_B, own, shares)
             estimate = side_refresh.estimate
@@ -146,6 +149,13 @@ def side_estimate(side: SideSpec, name: str, tensors: Tensors) -> Estimate:
             trace,
         )
     return Estimate(tensors[f"{name}.U"], tensors[f"{name}.lam"], tail, trace)
+
+
+def _narrow_sides(spec: BlockSpec) -> list[str]:
+    """The sides whose sketch and basis travel as float16."""
+    if spec.wire_dtype == "float32":
+        return []
+    return [name for name, side in spec.named_sides() if side.encoding == "sketch"]
 
 
 def _require_sides(spec: BlockSpec) -> None:
