@@ -31,10 +31,11 @@ from torch import Tensor
 
 from distcurv.curvature.direction import Direction
 from distcurv.curvature.four_block_parts import (
+    Energies,
     Parts,
     Projections,
     check_bases,
-    rest_mean_squares,
+    energies,
     split,
 )
 from distcurv.curvature.four_block_state import FourBlockState
@@ -101,13 +102,13 @@ def advance(
         for grad, out, into, projected in zip(grads, bases_out_Og, bases_in_Ia, made, strict=True)
     ]
     open_ = [b for b, s in enumerate(states) if s.right_Oa.numel() and s.left_gI.numel()]
-    squares: list[Tensor] = []
+    energy = Energies([], [])
     if open_:
-        squares = rest_mean_squares([grads[b] for b in open_], [parts[b] for b in open_])
+        energy = energies([grads[b] for b in open_], [parts[b] for b in open_])
     bases = (bases_out_Og, bases_in_Ia)
     heights = [len(out) for out in bases_out_Og]
     return fold_parts(
-        states, grads, parts, bases, heights, open_, squares, None, steps, (beta1, beta2), eps
+        states, grads, parts, bases, heights, open_, energy, steps, (beta1, beta2), eps
     )
 
 
@@ -118,8 +119,7 @@ def fold_parts(
     bases: tuple[Sequence[Tensor], Sequence[Tensor]],
     heights: Sequence[int],
     open_: Sequence[int],
-    squares: Sequence[Tensor],
-    right_totals: Sequence[Tensor] | None,
+    energy: Energies,
     steps: Sequence[int],
     betas: tuple[float, float],
     eps: float,
@@ -132,9 +132,7 @@ def fold_parts(
         bases: (U_G, U_A) of each block; U_G with the rows that ``grads`` have.
         heights: O of each block, however many rows are here.
         open_: the blocks that have a rest.
-        squares: of each open block, the mean square of the gradient's rest.
-        right_totals: of each open block, the sum of its ``v_right_Oa`` with this gradient, where
-            that has only some rows here.
+        energy: of each open block's gradient, over all its rows.
         betas: (β₁, β₂).
     """
     beta1, beta2 = betas
@@ -147,7 +145,9 @@ def fold_parts(
     if open_:
         dtype = states[0].v_rest.dtype
         torch._foreach_lerp_(
-            [states[b].v_rest for b in open_], [s.to(dtype) for s in squares], 1 - beta2
+            [states[b].v_rest for b in open_] + [states[b].v_parts for b in open_],
+            [e.to(dtype) for e in energy.rest_mean_squares + energy.inside],
+            1 - beta2,
         )
     torch._foreach_mul_(moments, beta2)
     torch._foreach_addcmul_(moments, new, new, 1 - beta2)
@@ -160,7 +160,7 @@ def fold_parts(
     root_bias2 = [(1 - beta2**step) ** 0.5 for step in steps]
     per_rest: list[Tensor | None] = [None] * len(states)
     if open_:
-        rates = _per_rest(states, heights, open_, right_totals, bias1, root_bias2, eps)
+        rates = _per_rest(states, heights, open_, bias1, root_bias2, eps)
         for b, rate in zip(open_, rates, strict=True):
             per_rest[b] = rate
     shares = [_share(states[b], heights[b], i) ** 0.5 for b, i in kept]
@@ -194,20 +194,14 @@ def _per_rest(
     states: Sequence[FourBlockState],
     heights: Sequence[int],
     open_: Sequence[int],
-    right_totals: Sequence[Tensor] | None,
     bias1: Sequence[float],
     root_bias2: Sequence[float],
     eps: float,
 ) -> list[Tensor]:
     """1/√v₃ with the floor and Adam's bias corrections, 0-dim each."""
-    moments = [moment for b in open_ for moment in states[b].moments]
-    # Moments are ≥ 0: their 1-norm is their sum.
-    sums = torch.stack(torch._foreach_norm(moments, 1)).view(-1, 3)
-    if right_totals is not None:
-        sums[:, 1] = torch.stack(list(right_totals))
-    floors = list((sums.sum(1) * REST_FLOOR).unbind())
-    numbers = [float(heights[b] * states[b].momentum_OI.shape[1]) for b in open_]
-    torch._foreach_div_(floors, numbers)
+    numbers = [heights[b] * states[b].momentum_OI.shape[1] for b in open_]
+    floors = list(torch._foreach_mul([states[b].v_parts for b in open_], REST_FLOOR))
+    torch._foreach_div_(floors, [float(number) for number in numbers])
     torch._foreach_maximum_(floors, [states[b].v_rest for b in open_])
     torch._foreach_sqrt_(floors)
     torch._foreach_mul_(floors, [bias1[b] / root_bias2[b] for b in open_])

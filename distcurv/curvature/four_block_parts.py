@@ -127,8 +127,15 @@ def split_rows(
     return Parts(core_ga, in_oa.sub_(basis_out_og @ core_ga), left_gI)
 
 
-def rest_mean_squares(matrices_OI: Sequence[Tensor], parts: Sequence[Parts]) -> list[Tensor]:
-    """Mean square of each matrix's fourth part, 0-dim in float64 each, without forming it.
+class Energies(NamedTuple):
+    """Of each matrix, 0-dim in float64: the mean square of its rest, and ‖C‖² + ‖R‖² + ‖L‖²."""
+
+    rest_mean_squares: list[Tensor]
+    inside: list[Tensor]
+
+
+def energies(matrices_OI: Sequence[Tensor], parts: Sequence[Parts]) -> Energies:
+    """The energy of each matrix's fourth part, without forming it, and of the other three.
 
     The difference ‖X‖² − ‖C‖² − ‖R‖² − ‖L‖² (Pythagoras) cancels, hence float64 beyond the rows of
     X and the clamp at 0; over the (O − g)(I − a) dimensions that the rest has.
@@ -142,11 +149,11 @@ def rest_mean_squares(matrices_OI: Sequence[Tensor], parts: Sequence[Parts]) -> 
     pieces = rows + [part for place in range(3) for part in (p[place] for p in parts)]
     norms = torch.stack(torch._foreach_norm(pieces, 2, torch.float64))
     squares = norms.square_().view(4, -1)
-    squares[0].sub_(squares[1:].sum(0)).clamp_min_(0.0)
-    energies = list(squares[0].unbind())
+    inside = squares[1:].sum(0)
+    rests = list(squares[0].sub_(inside).clamp_min_(0.0).unbind())
     dims = []
     for matrix, part in zip(matrices_OI, parts, strict=True):
         (d_out, d_in), (rank_out, rank_in) = matrix.shape, part.core_ga.shape
         dims.append(float((d_out - rank_out) * (d_in - rank_in)))
-    torch._foreach_div_(energies, dims)
-    return energies
+    torch._foreach_div_(rests, dims)
+    return Energies(rests, list(inside.unbind()))

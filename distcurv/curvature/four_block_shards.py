@@ -1,9 +1,9 @@
 """The four-block rule where every rank holds only some rows of a block's gradient.
 
 U_A meets whole rows, so X U_A is local; U_GᵀX is a sum over rows: g·I numbers (g·a where a = I) for
-the ranks to add up at a step, and four more,
+the ranks to add up at a step, and two more,
 
-    [‖X‖² − ‖X U_A‖², ‖X U_A‖², ΣV_R, ‖X‖²],
+    [‖X‖² − ‖X U_A‖², ‖X U_A‖²],
 
 from which the energy of the rest, ‖X‖² − ‖X U_A‖² − ‖L‖², and of the right part, ‖X U_A‖² − ‖C‖²,
 follow for all rows. The core, the left part and their moments are then the same on all ranks; the
@@ -22,7 +22,7 @@ from torch import Tensor
 
 from distcurv.curvature.direction import Direction
 from distcurv.curvature.four_block import fold_parts
-from distcurv.curvature.four_block_parts import project_rows, split_rows
+from distcurv.curvature.four_block_parts import Energies, project_rows, split_rows
 from distcurv.curvature.four_block_state import FourBlockState
 from distcurv.curvature.spec import BlockSpec, Tensors
 from distcurv.curvature.statistics import encode_rows
@@ -31,7 +31,7 @@ from distcurv.errors import ShapeError
 
 class ShardProducts(NamedTuple):
     """A gradient's rows and bases multiplied: X U_A [o, a] (None where g = O and a < I), and the
-    addends of the sum over ranks, U_GᵀX [g, I] (or the core [g, a] where a = I) and numbers [4]."""
+    addends of the sum over ranks, U_GᵀX [g, I] (or the core [g, a] where a = I) and numbers [2]."""
 
     in_oa: Tensor | None
     addends: tuple[Tensor, Tensor]
@@ -42,7 +42,7 @@ class SummedProducts(NamedTuple):
 
     in_oa: Tensor | None
     over_rows: Tensor
-    numbers_4: Tensor
+    numbers_2: Tensor
 
 
 def multiply(
@@ -50,7 +50,6 @@ def multiply(
     basis_out_og: Tensor,
     basis_in_Ia: Tensor,
     d_out: int,
-    v_right_oa: Tensor | None = None,
 ) -> ShardProducts:
     """What is local of a step, before the sum.
 
@@ -59,7 +58,6 @@ def multiply(
         basis_out_og: the same rows of U_G.
         basis_in_Ia: U_A.
         d_out: O.
-        v_right_oa: the moment of the state's right part, None before the first step.
 
     Raises:
         ShapeError: gradient and bases do not fit.
@@ -73,9 +71,8 @@ def multiply(
     in_oa, over_rows = project_rows(grad_oI, basis_out_og, basis_in_Ia, d_out)
     whole = _square(grad_oI)
     inside = whole.new_zeros(()) if in_oa is None else _square(in_oa)
-    moments = whole.new_zeros(()) if v_right_oa is None else v_right_oa.sum(dtype=torch.float64)
-    numbers_4 = torch.stack([whole - inside, inside, moments, whole]).to(grad_oI.dtype)
-    return ShardProducts(in_oa, (over_rows, numbers_4))
+    numbers_2 = torch.stack([whole - inside, inside]).to(grad_oI.dtype)
+    return ShardProducts(in_oa, (over_rows, numbers_2))
 
 
 def advance_shards(
@@ -104,7 +101,7 @@ def advance_shards(
     """
     if not states:
         return []
-    parts, open_, squares, right_totals = [], [], [], []
+    parts, open_, energy = [], [], Energies([], [])
     for b, (product, out_og, in_Ia, d_out) in enumerate(
         zip(products, bases_out_og, bases_in_Ia, heights, strict=True)
     ):
@@ -114,11 +111,12 @@ def advance_shards(
         if g == d_out or a == d_in:
             continue
         open_.append(b)
-        beside, inside, moments, _ = product.numbers_4.double().unbind()
-        energy = (beside - _square(own.left_gI)).clamp_min(0.0)
-        squares.append(energy / ((d_out - g) * (d_in - a)))
-        right = (inside - _square(own.core_ga)).clamp_min(0.0)
-        right_totals.append((beta2 * moments + (1 - beta2) * right).to(own.core_ga.dtype))
+        # ‖X U_A‖² is ‖C‖² + ‖R‖², of all rows.
+        beside, core_and_right = product.numbers_2.double().unbind()
+        left = _square(own.left_gI)
+        rest = (beside - left).clamp_min(0.0)
+        energy.rest_mean_squares.append(rest / ((d_out - g) * (d_in - a)))
+        energy.inside.append(core_and_right + left)
     bases = (bases_out_og, bases_in_Ia)
     return fold_parts(
         states,
@@ -127,8 +125,7 @@ def advance_shards(
         bases,
         heights,
         open_,
-        squares,
-        right_totals,
+        energy,
         steps,
         (beta1, beta2),
         eps,
@@ -184,7 +181,7 @@ def encode_shard(
     statistic["G.trace"] = trace
     count = grad_oI.new_full((), float(counts))
     statistic.update({"A.count": count, "G.count": count, "steps": count})
-    finite = torch.isfinite(products.numbers_4[3])
+    finite = torch.isfinite(products.numbers_2[0])
     if finite.device.type == "cpu" and bool(finite):
         return statistic  # read for free on the CPU
     return {name: torch.where(finite, value, 0.0) for name, value in statistic.items()}

@@ -31,6 +31,7 @@ class FourBlockState(NamedTuple):
     v_right_Oa: Tensor
     v_left_gI: Tensor
     v_rest: Tensor  # [...]: EMA of the mean square of the rest; 0 where there is no rest
+    v_parts: Tensor  # [...]: sum of the three moments, over all rows; not kept where there is none
 
     @property
     def means(self) -> Parts:
@@ -92,4 +93,5 @@ def init_state(
         v_right_Oa=zeros(*right),
         v_left_gI=zeros(*left),
         v_rest=zeros(),
+        v_parts=zeros(),
     )

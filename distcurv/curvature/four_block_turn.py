@@ -116,6 +116,12 @@ def begin_turn(
         )
     out = _side(old_out_Og, new_out_Oh)
     inp = _side(old_in_Ia, new_in_Ib)
+    if rows is not None and (out.was_full, inp.was_full) != (out.is_full, inp.is_full):
+        raise ShapeError(
+            f"a sharded block turns from ranks {old_ranks} to "
+            f"{(new_out_Oh.shape[-1], new_in_Ib.shape[-1])}, one of them full: install "
+            "bases of the ranks that the block's spec says"
+        )
     beside = state.v_right_Oa.new_zeros(0)
     if not out.was_full:
         leaves_so = out.beside_to_in_sd[..., :, start:stop]
@@ -134,7 +140,6 @@ def complete_turn(
     (start, stop), out, inp, new_out_oh, new_in_Ib, momentum_in_ob, _ = turning
     beside, over_rows = summed
     core_ga, right_oa, left_gI = state.moments
-    v_rest = state.v_rest[..., None, None]
     d_out, d_in = out.beside_kept_d.shape[-1], new_in_Ib.shape[-2]
     rank_out = new_out_oh.shape[-1]
 
@@ -159,12 +164,17 @@ def complete_turn(
     if not (out.was_full or inp.was_full):
         in_h, kept_O = out.rest_to_in_s[..., :, None], out.rest_kept_d[..., :, None]
         in_b, kept_I = inp.rest_to_in_s[..., None, :], inp.rest_kept_d[..., None, :]
-        v_core = v_core + v_rest * (in_h * in_b)
-        v_right = v_right + v_rest * (kept_O[..., start:stop, :] * in_b)
-        v_left = v_left + v_rest * (in_h * kept_I)
+        old_rest = state.v_rest[..., None, None]
+        v_core = v_core + old_rest * (in_h * in_b)
+        v_right = v_right + old_rest * (kept_O[..., start:stop, :] * in_b)
+        v_left = v_left + old_rest * (in_h * kept_I)
         rest = rest + state.v_rest * _total(kept_O) * _total(kept_I)
 
     dims_out, dims_in = d_out - rank_out, d_in - new_in_Ib.shape[-1]
+    v_rest, v_parts = torch.zeros_like(rest), torch.zeros_like(rest)
+    if dims_out and dims_in:
+        v_rest = rest / (dims_out * dims_in)
+        v_parts = (_energy(state, d_out) - rest).clamp_min_(0.0)  # a turn conserves the total
     momentum = split_rows(momentum_in_ob, over_rows, new_out_oh, new_in_Ib, d_out)
     return FourBlockState(
         momentum_OI=state.momentum_OI,
@@ -174,7 +184,8 @@ def complete_turn(
         v_core_ga=v_core,
         v_right_Oa=v_right[..., :0, :] if out.is_full else v_right,
         v_left_gI=v_left[..., :0] if inp.is_full else v_left,
-        v_rest=rest / (dims_out * dims_in) if dims_out and dims_in else torch.zeros_like(rest),
+        v_rest=v_rest,
+        v_parts=v_parts,
     )
 
 
@@ -186,6 +197,15 @@ def second_moment_total(state: FourBlockState, basis_out_Og: Tensor, basis_in_Ia
     for moment in state.moments:
         total = total + moment.sum((-2, -1), dtype=torch.float64)
     return total
+
+
+def _energy(state: FourBlockState, d_out: int) -> Tensor:
+    """Sum of the second moments over all parts, [...]."""
+    d_in, (g, a) = state.momentum_OI.shape[-1], state.core_ga.shape[-2:]
+    if g < d_out and a < d_in:
+        return state.v_parts + state.v_rest * ((d_out - g) * (d_in - a))
+    core_ga, right_Oa, left_gI = state.moments
+    return _total(core_ga) + _total(right_Oa) + _total(left_gI)
 
 
 def _side(old_dr: Tensor, new_ds: Tensor) -> _Side:

@@ -102,13 +102,13 @@ class ShardedRule:
         state = self._state[matrix.param]
         if not state:
             return products
-        in_oa, over_rows, numbers_4 = products
+        in_oa, over_rows, numbers_2 = products
         rotation_out, rotation_in = state["rotation_out"], state["rotation_in"]
         over_rows = rotation_out @ over_rows
         if len(rotation_in) == matrix.shape[1]:
             over_rows = over_rows @ rotation_in.mT
         return SummedProducts(
-            None if in_oa is None else in_oa @ rotation_in.mT, over_rows, numbers_4
+            None if in_oa is None else in_oa @ rotation_in.mT, over_rows, numbers_2
         )
 
     def _with_gradient(self) -> list[int]:
@@ -130,14 +130,11 @@ class ShardedRule:
         for block, (out_Og, in_Ia) in bases.items():
             matrix = self._matrices[block]
             start, stop = matrix.rows
-            moment = self._state[matrix.param].get("v_right_Oa")
-            own[block] = multiply(
-                self._gradient(block), out_Og[start:stop], in_Ia, matrix.shape[0], moment
-            )
+            own[block] = multiply(self._gradient(block), out_Og[start:stop], in_Ia, matrix.shape[0])
         sums = self._sum(list(own), [products.addends for products in own.values()])
         return {
-            block: SummedProducts(products.in_oa, over_rows, numbers_4)
-            for (block, products), (over_rows, numbers_4) in zip(own.items(), sums, strict=True)
+            block: SummedProducts(products.in_oa, over_rows, numbers_2)
+            for (block, products), (over_rows, numbers_2) in zip(own.items(), sums, strict=True)
         }
 
     def _sum(

@@ -46,7 +46,9 @@ def test_parts_are_orthogonal_and_sum_to_the_matrix(shape: tuple[int, int, int, 
         for j in range(i):
             assert abs(float((full[i] * full[j]).sum())) <= FLOAT64 * float(x.square().sum())
     if g < d_out and a < d_in:
-        (mean_square,) = four_block_parts.rest_mean_squares([x], [parts])
+        (mean_square,), (inside,) = four_block_parts.energies([x], [parts])
+        energy = sum((full[i].square().sum() for i in range(3)), torch.zeros(()))
+        torch.testing.assert_close(inside, energy, rtol=1e-8, atol=1e-13)
         assert mean_square.dtype == torch.float64
         expected = full[3].square().sum() / ((d_out - g) * (d_in - a))
         torch.testing.assert_close(mean_square, expected, rtol=1e-8, atol=1e-13)

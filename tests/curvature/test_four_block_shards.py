@@ -72,10 +72,7 @@ def test_steps_and_a_turn(shape: tuple[int, int, int, int], spans: Any) -> None:
         rows = [grad[start:stop] for start, stop in spans]
         outs = [out[start:stop] for start, stop in spans]
         products = summed(
-            [
-                multiply(own, out_og, into, d_out, part.v_right_Oa)
-                for own, out_og, part in zip(rows, outs, parts, strict=True)
-            ]
+            [multiply(own, out_og, into, d_out) for own, out_og in zip(rows, outs, strict=True)]
         )
         (wanted,) = advance([state], [grad], [out], [into], steps=[step], **BETAS)
         got = [

@@ -68,6 +68,10 @@ def test_turn_conserves_the_total_second_moment(
     # Coordinates that lie in the old basis to within MIN_OUTSIDE share out a little differently.
     torch.testing.assert_close(after, before, rtol=1e-9, atol=0.0)
     assert all(bool((v >= 0).all()) for v in (*turned.moments, turned.v_rest))
+    for one in (state, turned):
+        if one.right_Oa.numel() and one.left_gI.numel():
+            inside = sum(moment.sum() for moment in one.moments)
+            torch.testing.assert_close(one.v_parts, inside, rtol=1e-9, atol=1e-12)
     full = fresh((d_out, d_in, h, b))
     assert [t.shape for t in turned] == [t.shape for t in full]
 
@@ -105,6 +109,7 @@ def test_turn_equals_the_exact_second_moments(source: str) -> None:
     state = fresh((d_out, d_in, g, a))
     if source == "core":
         state.v_core_ga.copy_(torch.rand(g, a, generator=gen, dtype=torch.float64))
+        state.v_parts.copy_(state.v_core_ga.sum())
         axes_out, axes_in, variance = u, w, state.v_core_ga
     else:
         state.v_rest.fill_(0.7)

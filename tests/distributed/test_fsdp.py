@@ -98,9 +98,9 @@ def test_k_fac_sends_the_thin_products_of_each_block_once_a_step(job: Results) -
 
 
 def test_soap_sends_the_output_projections_of_each_matrix_once_a_step(job: Results) -> None:
-    # g I + 4 numbers: embedding, in_proj, out_proj, widen, hidden, head.
+    # g I + 2 numbers: embedding, in_proj, out_proj, widen, hidden, head.
     inputs = [6, 6, 6, 10, 5, 7]
-    step = sum(2 * width + 4 for width in inputs)
+    step = sum(2 * width + 2 for width in inputs)
     # At an install the turn: (h + 1) a of the right part's moments, h I of the momentum; head's
     # basis of the outputs is full.
     turn = sum(3 * 2 + 2 * width for width in inputs[:-1]) + 2 * 7
