@@ -33,6 +33,7 @@ PIPELINE = (
 # What is left of LowRankSOAP.step is the vectors' rule and its own bookkeeping: the optimizer.
 SOAP = (
     Hook("", "_add_statistics", "capture"),
+    Hook("_rule", "project", "apply"),  # of the gradient: made once, for statistic and update
     Hook("_rule", "turn", "install"),
     Hook("_rule", "update", "apply"),
 )

@@ -175,16 +175,15 @@ class LowRankSOAP(torch.optim.Optimizer):
                 mine = pipeline.table.owners[block] == pipeline.group.rank and matrix.rows is None
                 if block in watched or matrix.param.grad is None or not mine:
                     continue
-                statistic, made = self._rule.statistic(
-                    pipeline.table.specs[block],
-                    block,
-                    pipeline.basis(block),
-                    pipeline.installed[block],
+                basis, installed = pipeline.basis(block), pipeline.installed[block]
+                if basis is installed:
+                    # The update wants them in any case.
+                    projections[block] = self._rule.project(block, installed)
+                statistic = self._rule.statistic(
+                    pipeline.table.specs[block], block, basis, projections.get(block)
                 )
                 self._nonfinite += 1 - statistic["steps"]
                 pipeline.add(block, statistic)
-                if made is not None:
-                    projections[block] = made
         return projections
 
     def _add_shards_statistics(self, pipeline: Pipeline) -> dict[int, SummedProducts]:

@@ -57,24 +57,30 @@ class MatrixRule:
         self._state = state
         self._bases: dict[int, Bases] = {}
 
+    def project(self, block: int, installed: Install) -> Projections:
+        """The projections of a block's gradient on the bases in use."""
+        return project(self._gradient(block), *self.used(block, installed))
+
     def statistic(
-        self, spec: BlockSpec, block: int, basis: Install, installed: Install
-    ) -> tuple[Tensors, Projections | None]:
-        """A block's statistic of its gradient against ``basis``, and the gradient's projections on
-        the bases in use where they were made on the way."""
-        matrix = self._matrices[block]
-        assert matrix.param.grad is not None
-        grad_OI = matrix.view(matrix.param.grad).float()
-        if basis is not installed:
-            return encode_gradient(spec, grad_OI, basis.tensors), None
-        used = self.used(block, installed)
-        made = project(grad_OI, *used)
-        state = self._state[matrix.param]
+        self, spec: BlockSpec, block: int, basis: Install, made: Projections | None
+    ) -> Tensors:
+        """A block's statistic of its gradient against ``basis``.
+
+        ``made`` are its projections on the bases in use, where these are of that very version."""
+        grad_OI = self._gradient(block)
+        if made is None:
+            return encode_gradient(spec, grad_OI, basis.tensors)
+        state = self._state[self._matrices[block].param]
         in_Oa, out_gI = made
         if state:
             in_Oa = None if in_Oa is None else in_Oa @ state["rotation_in"].mT
             out_gI = None if out_gI is None else state["rotation_out"] @ out_gI
-        return encode_gradient(spec, grad_OI, basis.tensors, grad_Ua=in_Oa, Ug_grad=out_gI), made
+        return encode_gradient(spec, grad_OI, basis.tensors, grad_Ua=in_Oa, Ug_grad=out_gI)
+
+    def _gradient(self, block: int) -> Tensor:
+        matrix = self._matrices[block]
+        assert matrix.param.grad is not None
+        return matrix.view(matrix.param.grad).float()
 
     def turn(self, old: Install, new: Install, *, early: bool) -> None:
         """Carry a block's state over to a new version.
