@@ -10,7 +10,7 @@ from distcurv.config.checks import is_count, is_int, is_number, require
 from distcurv.config.schedule import IntervalSchedule, description, value_at
 
 STALENESS_POLICIES = ("keep", "fallback")
-AUTO_ROWS_PER_RANK, MIN_AUTO_ROWS = 4, 256  # max_rows="auto"
+AUTO_ROWS_PER_RANK, MIN_AUTO_ROWS = 4, 128  # max_rows="auto"
 MAX_HEARTBEAT = 5.0  # seconds; a service ends a session after 10 s of silence
 MAX_DELAY_WINDOWS = 12  # windows between a statistic and its install; a service holds 16 bases
 
@@ -42,7 +42,7 @@ class ServiceConfig:
         early_interval: steps between two refreshes in the early phase (T where T is less).
         factor_decay: EMA decay rho of a factor per statistic step, 0 <= rho < 1.
         max_rows: statistics from activations read at most so many rows (tokens, positions) of each
-            call, drawn anew at every step without bias.  ``auto``: 4 ``rank``, at least 256 (all
+            call, drawn anew at every step without bias.  ``auto``: 4 ``rank``, at least 128 (all
             rows for dense kinds).  None: all rows.
         encoding: how statistics travel: ``auto`` (fewer numbers) | ``sketch`` | ``dense``.
         wire_dtype: what sketches and the bases that come back for them travel as between owners

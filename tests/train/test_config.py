@@ -155,7 +155,7 @@ def test_what_none_stands_for() -> None:
 
 
 def test_what_max_rows_auto_stands_for() -> None:
-    assert ServiceConfig(rank=16).resolved_max_rows == 256
+    assert ServiceConfig(rank=16).resolved_max_rows == 128
     assert KfacConfig(rank=128).resolved_max_rows == 512
     assert KfacConfig(kind="dense").resolved_max_rows is None
     assert KfacConfig(kind="dense", max_rows=9).resolved_max_rows == 9
