@@ -158,11 +158,7 @@ class Conversation:
         """Greet, keep alive, and handle what comes within a heartbeat's time."""
         if self._heard < 0:
             self._heard = self._spoke = now
-        if now - self._heard > self._job.link_timeout:
-            raise SessionLost(
-                f"nothing heard for {self._job.link_timeout:g} s"
-                + ("" if self.open else " (no worker answered)")
-            )
+        silent = now - self._heard > self._job.link_timeout
         if not self._hello_sent:
             self._hello_sent = self.link.send(self._hello())
         if self.open and now - self._spoke >= self._job.heartbeat:
@@ -172,10 +168,17 @@ class Conversation:
             self._unsent.pop(0)
         # Where the link cannot take a message yet, look again soon.
         waiting = not self._hello_sent or self._congested or bool(self._unsent)
-        message = self.link.receive(0.02 if waiting else self._job.heartbeat / 2)
+        patience = 0.02 if waiting else self._job.heartbeat / 2
+        # Where this process was held up, the worker's words may have been waiting all the time.
+        message = self.link.receive(0.0 if silent else patience)
         if message is not None:
             self._heard = max(self._heard, now)
             self._handle(message)
+        elif silent:
+            raise SessionLost(
+                f"nothing heard for {self._job.link_timeout:g} s"
+                + ("" if self.open else " (no worker answered)")
+            )
 
     def _hello(self) -> Hello:
         table = self._job.table

@@ -419,6 +419,16 @@ def test_a_heartbeat_leaves_once_per_period() -> None:
     assert 4 <= len(talk.link.sent_of(Heartbeat)) <= 5
 
 
+def test_words_that_waited_while_the_process_was_held_up_count() -> None:
+    talk = Talk()
+    talk.link.say(Heartbeat(talk.conversation.session, 0.5, 0))
+    talk.pump(after=60.0)
+    assert talk.conversation.open and talk.conversation.busy == 0.5
+    talk.pump(after=4.9)
+    with pytest.raises(SessionLost, match="nothing heard"):
+        talk.pump(after=0.2)
+
+
 def test_silence_ends_the_session() -> None:
     talk = Talk()
     talk.pump(after=4.9)
