@@ -132,7 +132,7 @@ class Switch:
                     if s.version > installed[block].version
                 ]
             )
-            host = torch.zeros(sizes[rank])
+            host = torch.zeros(sizes[rank], dtype=torch.float32)
             parts = self._parts(host, blocks[rank])
             for block, part, held in zip(blocks[rank], parts, states, strict=True):
                 self._share(block, held[-1].version, part.copy_(held[-1].flat))

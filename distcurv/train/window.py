@@ -1,8 +1,8 @@
 """The window: statistics since the last sync point, one flat bucket per owner.
 
 A bucket's layout depends on shapes alone, so a rank without a statistic contributes zeros and
-count 0, and a reduce never has to be skipped.  Closing hands the buckets away and starts new
-ones: whoever holds a closed bucket may keep it without copying.
+count 0, and a reduce never has to be skipped.  Closing hands the buckets away: whoever holds a
+closed bucket may keep it without copying.
 """
 
 from __future__ import annotations
@@ -61,11 +61,16 @@ class Window:
         self._open()
 
     def _open(self) -> None:
-        self._buckets = {
-            owner: torch.zeros(size, dtype=torch.float32, device=self._device)
-            for owner, size in self._sizes.items()
-        }
+        # Made when the first statistic comes: until then the closed ones are on their way.
+        self._buckets: dict[int, Tensor] = {}
         self._views: dict[int, Tensors] = {}
+
+    def _bucket(self, owner: int) -> Tensor:
+        if owner not in self._buckets:
+            self._buckets[owner] = torch.zeros(
+                self._sizes[owner], dtype=torch.float32, device=self._device
+            )
+        return self._buckets[owner]
 
     def contributes(self, block: int) -> bool:
         """Whether this rank adds statistics of the block."""
@@ -77,7 +82,7 @@ class Window:
         if views is None:
             owner, start, end = self._slices[block]
             layout = self._table.statistic_layouts[block]
-            views = self._views[block] = layout.views(self._buckets[owner][start:end])
+            views = self._views[block] = layout.views(self._bucket(owner)[start:end])
         unknown = [name for name in statistic if name not in views]
         if unknown:
             raise ShapeError(
@@ -98,7 +103,8 @@ class Window:
 
     def close(self, through: int) -> Closed:
         """Hand the buckets away and open the next window at step ``through`` + 1."""
-        closed = Closed(self._since, through, self._captures, self._buckets)
+        buckets = {owner: self._bucket(owner) for owner in self._sizes}
+        closed = Closed(self._since, through, self._captures, buckets)
         self._since = through + 1
         self._captures = 0
         self._open()

@@ -180,4 +180,5 @@ class ComputeThread:
             except Exception as error:  # noqa: BLE001 - `collect` raises it in the poll loop
                 outcome = error
             self._done.put((job, outcome))
+            del job, outcome  # a thread that waits keeps nothing of them
             self._wake()

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
+import pytest
 import torch
 
 from distcurv.curvature.spec import BlockSpec, SideSpec
@@ -24,7 +27,7 @@ def switched(news: list[int]) -> tuple[list[Install], Depot, list[torch.Tensor]]
     depot = Depot(lambda *args, **fields: None)
     switch = Switch(group, table, depot)
     installed = first_installs(table, 0, CPU)
-    numbers = [torch.randn(layout.size) for layout in table.published_layouts]
+    numbers = [torch.randn(layout.size, dtype=torch.float32) for layout in table.published_layouts]
     for block, install in enumerate(installed):
         states = [State(0, -1, -1, install.flat)]
         if block in news:
@@ -37,6 +40,16 @@ def switched(news: list[int]) -> tuple[list[Install], Depot, list[torch.Tensor]]
     return switch.finish(6), depot, numbers
 
 
+@pytest.fixture(params=[torch.float32, torch.float64])
+def default_dtype(request: pytest.FixtureRequest) -> Iterator[None]:
+    """What new tensors are where nobody says: no affair of ours."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(request.param)
+    yield
+    torch.set_default_dtype(before)
+
+
+@pytest.mark.usefixtures("default_dtype")
 def test_what_is_announced_is_installed_where_it_lies() -> None:
     installs, depot, numbers = switched([0, 1])
     assert [(i.block, i.version, i.through, i.route) for i in installs] == [
@@ -47,6 +60,7 @@ def test_what_is_announced_is_installed_where_it_lies() -> None:
     assert len(places) == 1, "one bucket, and no copies of it"
     for install in installs:
         assert torch.equal(install.flat, numbers[install.block])
+        assert install.flat.dtype == torch.float32
         assert depot.states(install.block)[-1].flat.data_ptr() == install.flat.data_ptr()
         # As memory of its own would begin: how products round may depend on that.
         assert install.flat.data_ptr() % 64 == 0
