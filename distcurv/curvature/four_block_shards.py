@@ -181,7 +181,8 @@ def encode_shard(
     statistic["G.trace"] = trace
     count = grad_oI.new_full((), float(counts))
     statistic.update({"A.count": count, "G.count": count, "steps": count})
-    finite = torch.isfinite(products.numbers_2[0])
+    # Their sum is ‖X‖²: beside the bases alone it may be finite where the trace no longer is.
+    finite = torch.isfinite(products.numbers_2.sum())
     if finite.device.type == "cpu" and bool(finite):
         return statistic  # read for free on the CPU
     return {name: torch.where(finite, value, 0.0) for name, value in statistic.items()}

@@ -43,6 +43,6 @@ def steady_rotation(U_dr: Tensor, lam_r: Tensor, old_dr: Tensor) -> Tensor:
     weights_r = torch.where(largest > 0, lam_r / largest, 1.0).clamp_min_(_SMALLEST)
     Q_rr, R_rr = torch.linalg.qr(weights_r[:, None] * (U_dr.mT @ old_dr))
     # A column continues the old one in its sign too.
-    signs_r = torch.where(R_rr.diagonal() < 0, -1.0, 1.0)
+    signs_r = torch.where(R_rr.diagonal() < 0, -1.0, 1.0).to(Q_rr)
     rotation_rr: Tensor = Q_rr * signs_r
     return rotation_rr

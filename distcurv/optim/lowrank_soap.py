@@ -21,7 +21,7 @@ from distcurv.errors import ConfigError, StateError
 from distcurv.optim import arguments
 from distcurv.optim.matrices import ShardedMatrix, find_matrices, matrix_spec
 from distcurv.optim.matrix_rule import FIELDS, MatrixRule, descend
-from distcurv.optim.sharded_rule import ShardedRule, check_rows
+from distcurv.optim.sharded_rule import ShardedRule, check_saved
 from distcurv.optim.vectors import update_vectors
 from distcurv.train import checkpoint, coverage, metrics
 from distcurv.train.activations import ActivationSource
@@ -232,7 +232,7 @@ class LowRankSOAP(torch.optim.Optimizer):
         arguments.check_groups(self.param_groups, plain["param_groups"])
         ids = [i for group in plain["param_groups"] for i in group["params"]]
         for index, (name, param) in zip(ids, self._named, strict=True):
-            check_rows(name, param, plain["state"].get(index, {}))
+            check_saved(name, param, plain["state"].get(index, {}), id(param) in self._block_of)
         checkpoint.load(self._open_pipeline(), state_dict["curvature"])
         super().load_state_dict(plain)
         # The base class casts state to the parameter's dtype; the moments must stay float32.

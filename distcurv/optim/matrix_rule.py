@@ -159,8 +159,8 @@ class MatrixRule:
             here = None if matrix.rows is None else matrix.rows[1] - matrix.rows[0]
             first = init_state(matrix.shape, rank_out, rank_in, rows=here, device=device)
             state.update(zip(FOUR_BLOCK, first, strict=True))
-            state["rotation_out"] = torch.eye(rank_out, device=device)
-            state["rotation_in"] = torch.eye(rank_in, device=device)
+            state["rotation_out"] = torch.eye(rank_out, dtype=torch.float32, device=device)
+            state["rotation_in"] = torch.eye(rank_in, dtype=torch.float32, device=device)
             state["step"] = 0
         state["step"] += 1
         return state

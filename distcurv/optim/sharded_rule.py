@@ -28,7 +28,7 @@ from distcurv.curvature.four_block_turn import begin_turn, complete_turn
 from distcurv.errors import StateError
 from distcurv.layers.local_part import parameter_cut
 from distcurv.optim.matrices import ShardedMatrix
-from distcurv.optim.matrix_rule import FOUR_BLOCK, Bases, MatrixRule
+from distcurv.optim.matrix_rule import FIELDS, FOUR_BLOCK, Bases, MatrixRule
 from distcurv.train.pipeline import Pipeline
 from distcurv.train.shard_sums import ShardSums
 from distcurv.train.switch import Install
@@ -205,8 +205,15 @@ class ShardedRule:
         return FourBlockState(*(state[name] for name in FOUR_BLOCK))
 
 
-def check_rows(name: str, param: Tensor, saved: Mapping[str, Any]) -> None:
-    """Raise `StateError` where a saved state has not the rows that this rank has of a parameter."""
+def check_saved(name: str, param: Tensor, saved: Mapping[str, Any], is_matrix: bool) -> None:
+    """Raise `StateError` where a saved state, if any, has not all that a matrix goes on from, or
+    not the rows that this rank has of a parameter."""
+    missing = [field for field in FIELDS if is_matrix and saved and field not in saved]
+    if missing:
+        raise StateError(
+            f"the state of {name} has no {', '.join(missing)}: it was saved by another version of "
+            "distcurv or is not of this model; load it with what saved it"
+        )
     cut = parameter_cut(param)
     if cut is None or not saved:
         return

@@ -62,11 +62,14 @@ def _adamw(
                 exp_avg_sq=torch.zeros_like(own_part(param)),
             )
     states = [state[p] for p in params]
+    grads = [own_part(p.grad) for p in params if p.grad is not None]
+    means = [s["exp_avg"] for s in states]
+    moments = [s["exp_avg_sq"] for s in states]
     adamw(
         targets,
-        [own_part(p.grad) for p in params if p.grad is not None],
-        [s["exp_avg"] for s in states],
-        [s["exp_avg_sq"] for s in states],
+        grads,
+        means,
+        moments,
         [],
         [s["step"] for s in states],
         amsgrad=False,
@@ -76,7 +79,16 @@ def _adamw(
         weight_decay=group["weight_decay"],
         eps=group["eps"],
         maximize=False,
-        # On the CPU a sixth of the time: else each vector takes a dozen calls. Elsewhere torch's
-        # own choice, as the fused rule would want the steps on the device.
-        fused=True if targets[0].device.type == "cpu" else None,
+        # A sixth of the time: else each vector takes a dozen calls. Otherwise torch's own choice.
+        fused=True if _fusible([*targets, *grads, *means, *moments]) else None,
+    )
+
+
+def _fusible(tensors: list[Tensor]) -> bool:
+    """Whether torch's fused AdamW for the CPU takes these tensors for what they are.
+
+    It goes through their memory in step and does not look at strides; it has no complex numbers;
+    on other devices it would want the steps there."""
+    return all(
+        t.device.type == "cpu" and t.is_contiguous() and t.is_floating_point() for t in tensors
     )

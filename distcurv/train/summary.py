@@ -42,7 +42,7 @@ class BlockRow:
         name: of the block.
         kind: key of its kind.
         sides: in order.
-        bytes_per_refresh: its statistic and its preconditioner, float32.
+        bytes_per_refresh: its statistic and its preconditioner, as they travel.
         owner: the training rank that talks to workers about it.
         worker: the endpoint that serves it after the early phase, ``inline`` for the owner's
             process; None where that is not known.

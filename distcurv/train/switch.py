@@ -165,7 +165,8 @@ class Switch:
         for owner, blocks in sorted(spread.blocks.items()):
             parts = self._parts(spread.buckets[owner], blocks)
             if len(blocks) < len(self._table.owned_by(owner)):
-                # Blocks that are replaced at different steps must not keep each other's memory.
+                # Blocks that are replaced at different steps must not keep each other's memory. (A
+                # bucket of all may outlive most of its blocks: of an owner one at most does.)
                 parts = [part.clone() for part in parts]
             heads = spread.headers[owner].tolist()
             position = 0

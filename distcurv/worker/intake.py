@@ -47,7 +47,8 @@ def queue_statistics(
 ) -> list[Error]:
     """Queue what can be folded; one `Error` per reason names what cannot."""
     session.last_seq = message.seq
-    finite = all(bool(torch.isfinite(t).all()) for t in (message.payload, message.narrow))
+    # Of what is narrow only the products with the scales count: they are looked at block by block.
+    finite = not message.narrow.numel() and bool(torch.isfinite(message.payload).all())
     refused: dict[str, list[int]] = defaultdict(list)
     for block, basis, part in zip(message.blocks, message.basis, parts, strict=True):
         code = session.store.refusal(block, basis)

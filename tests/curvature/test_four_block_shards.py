@@ -1,6 +1,6 @@
 """The four-block rule on parts of the rows, against the whole block in float64.
 
-Tolerance 1e-9 (the four numbers of a step travel in the states' own precision, here float64).
+Tolerance 1e-9 (the two numbers of a step travel in the states' own precision, here float64).
 """
 
 from __future__ import annotations
@@ -124,6 +124,20 @@ def test_a_gradient_that_is_not_finite_on_one_rank_counts_on_none() -> None:
     spans = PARTS[0]
     products = summed([multiply(grad[i:j], basis["G.U"][i:j], basis["A.U"], 9) for i, j in spans])
     for (i, j), product in zip(spans, products, strict=True):
+        statistic = encode_shard(spec, grad[i:j], (i, j), basis, product, counts=True)
+        assert all(not value.any() for value in statistic.values())
+
+
+@pytest.mark.parametrize("a", [2, 7])
+def test_a_gradient_whose_square_is_not_finite_counts_on_no_rank(a: int) -> None:
+    """Also where all of it lies in the input basis, and nothing beside it."""
+    spec = BlockSpec("block", "lowrank", (SideSpec(7, a), SideSpec(9, 3)), 0.9)
+    into, out = orthonormal(7, a, 1).float(), orthonormal(9, 3, 2).float()
+    grad = torch.outer(torch.ones(9), into[:, 0]) * 1e19
+    spans = PARTS[0]
+    products = summed([multiply(grad[i:j], out[i:j], into, 9) for i, j in spans])
+    for (i, j), product in zip(spans, products, strict=True):
+        basis = {"A.U": into, "G.U": out}
         statistic = encode_shard(spec, grad[i:j], (i, j), basis, product, counts=True)
         assert all(not value.any() for value in statistic.values())
 

@@ -178,6 +178,27 @@ def test_vectors_get_exactly_adamw() -> None:
         assert torch.equal(a, b)
 
 
+def test_vectors_may_lie_anyhow_in_memory() -> None:
+    """A fused AdamW goes through memory in step, whatever the strides."""
+    narrow = torch.randn(1, 5).bfloat16()
+    starts = [torch.randn(6, 2)[:, :1], torch.randn(9)[::2], torch.randn(5), torch.randn(0), narrow]
+    mine = [nn.Parameter(start) for start in starts]
+    assert not mine[0].is_contiguous() and not mine[1].is_contiguous()
+    theirs = [nn.Parameter(start.clone()) for start in starts]
+    options: dict[str, Any] = {"lr": 0.03, "betas": (0.8, 0.9), "eps": 1e-6, "weight_decay": 0.2}
+    adamw = torch.optim.AdamW(theirs, **options)
+    with soap(mine, **options) as optimizer:
+        for _ in range(STEPS):
+            for a, b in zip(mine, theirs, strict=True):
+                b.grad = torch.randn_like(b)
+                a.grad = b.grad.clone()
+            mine[2].grad = torch.stack([theirs[2].grad, torch.ones(5)], 1)[:, 0]
+            optimizer.step()
+            adamw.step()
+    for a, b in zip(mine, theirs, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+
+
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last", "transposed"])
 def test_a_convolution_is_a_matrix_in_any_memory_layout(layout: str) -> None:
     grads = spread_gradients((4, 12), STEPS, seed=5)
@@ -640,3 +661,22 @@ def test_a_non_finite_gradient_spoils_no_basis() -> None:
         installed = optimizer._open_pipeline().installed[0]
         assert installed.flat.isfinite().all()
         assert optimizer.metrics()["statistics_folded"] == 5
+
+
+def test_torchs_default_dtype_does_not_matter() -> None:
+    before = torch.get_default_dtype()
+    params = [nn.Parameter(torch.randn(6, 4)), nn.Parameter(torch.randn(5))]
+    grads = [torch.randn(6, 4), torch.randn(5)]
+    torch.set_default_dtype(torch.float64)
+    try:
+        with soap(params, rank=2, early_steps=4, preconditioner_upd_interval=2) as optimizer:
+            for _ in range(8):
+                for param, grad in zip(params, grads, strict=True):
+                    param.grad = grad.clone()
+                optimizer.step()
+            assert optimizer.metrics()["version"] == 3
+            state = optimizer.state[params[0]]
+            assert {v.dtype for v in state.values() if torch.is_tensor(v)} == {torch.float32}
+    finally:
+        torch.set_default_dtype(before)
+    assert all(param.isfinite().all() for param in params)

@@ -30,3 +30,19 @@ def test_other_param_groups_leave_the_run_as_it_was() -> None:
         assert two.install_log == log
         assert two.metrics()["step"] == step
         train(second, two, 4)
+
+
+def test_a_state_without_one_of_its_fields_leaves_the_run_as_it_was() -> None:
+    """As a version saved it that did not have the field."""
+    model = nn.Linear(6, 4)
+    with LowRankSOAP(model, workers="inline", rank=2) as optimizer:
+        train(model, optimizer, 9)
+        old = optimizer.state_dict()
+        old["state"] = {index: dict(own) for index, own in old["state"].items()}
+        del old["state"][0]["v_parts"]
+        train(model, optimizer, 2)
+        log, step = optimizer.install_log, optimizer.metrics()["step"]
+        with pytest.raises(StateError, match="state of weight has no v_parts: it was saved by"):
+            optimizer.load_state_dict(old)
+        assert (optimizer.install_log, optimizer.metrics()["step"]) == (log, step)
+        train(model, optimizer, 2)

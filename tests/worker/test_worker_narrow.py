@@ -148,6 +148,14 @@ def test_a_statistic_that_is_not_finite_is_refused(
     assert isinstance(reply, Error) and reply.code == "non_finite"
 
 
+def test_finite_numbers_whose_products_are_not_are_refused(script: Script) -> None:
+    session = opened(script)
+    payload, narrow = split([STATISTIC], statistic_flat(SPEC, start_flat(SPEC), 0))
+    sent = Sent(payload.clone().fill_(1e38), narrow.clone().fill_(6e4))
+    (reply,) = script.say(A, statistics(session, sent))
+    assert isinstance(reply, Error) and reply.code == "non_finite"
+
+
 def test_what_is_sent_counts_as_memory() -> None:
     settings = WorkerSettings()
     wide = claimed_bytes([dataclasses.replace(SPEC, wire_dtype="float32")], settings)
