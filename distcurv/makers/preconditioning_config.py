@@ -49,6 +49,7 @@ _SERVICE = (
     "max_itr",
     "tolerance",
     "encoding",
+    "wire_dtype",
     "weight_sharing",
     "max_rows",
     "accumulation",
@@ -126,6 +127,7 @@ class PreconditioningConfig:
     max_itr: int | None = None
     tolerance: float = 0.0
     encoding: str = "auto"
+    wire_dtype: str = "float32"
     weight_sharing: str = "expand"
     max_rows: int | str | None = None
     accumulation: int = 1

@@ -89,6 +89,7 @@ def service_settings(config: PreconditioningConfig, early_steps: int | None) -> 
         "early_interval": config.early_interval,
         "install_delay": delay,
         "encoding": config.encoding,
+        "wire_dtype": config.wire_dtype,
         "max_staleness": config.max_staleness,
         "staleness_policy": config.staleness_policy,
         "max_owners": config.max_owners,

@@ -65,7 +65,7 @@ def _spec(
             rank = min(config.rank, dim)
             encoding = resolve_encoding(dim, rank, "isotropic", config.encoding)
             sides.append(SideSpec(dim, rank, "isotropic", encoding))
-        return BlockSpec(tile.name, "lowrank", tuple(sides), decay)
+        return BlockSpec(tile.name, "lowrank", tuple(sides), decay, wire_dtype=config.wire_dtype)
     return BlockSpec(
         tile.name,
         "shampoo",

@@ -150,6 +150,7 @@ WRONG = [
     ("tail_in", "odd"),
     ("tail_out", "odd"),
     ("encoding", "odd"),
+    ("wire_dtype", "float8"),
     ("weight_sharing", "odd"),
     ("max_rows", 0),
     ("accumulation", 0),

@@ -363,10 +363,12 @@ def worker() -> Iterator[Supervisor]:
 
 
 @pytest.mark.parametrize("delay", [0, 2])
-@pytest.mark.parametrize("rank", [None, 2])
-def test_a_worker_gives_the_same_bits(worker: Supervisor, delay: int, rank: int | None) -> None:
+@pytest.mark.parametrize(
+    "how", [{}, {"rank": 2}, {"rank": 2, "encoding": "sketch", "wire_dtype": "float16"}]
+)
+def test_a_worker_gives_the_same_bits(worker: Supervisor, delay: int, how: dict[str, Any]) -> None:
     def run(workers: Any, read: Callable[[Any], Any]) -> list[dict[str, Tensor]]:
-        config = {"rank": rank, "install_delay": delay, "preconditioner_upd_interval": 2}
+        config = {**how, "install_delay": delay, "preconditioner_upd_interval": 2}
         config["link_timeout"] = 60  # whatever the machine is busy with
         with closing(maker(model_of("conv"), workers=workers, early_steps=0, **config)) as gm:
             made = [made_gradients(gm, "conv", step) for step in range(9)]
