@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 from distcurv.config.checks import is_count, is_int, is_number, require
 from distcurv.config.schedule import IntervalSchedule, description, value_at
+from distcurv.curvature.spec import WIRE_DTYPES
 
 STALENESS_POLICIES = ("keep", "fallback")
 AUTO_ROWS_PER_RANK, MIN_AUTO_ROWS = 4, 128  # max_rows="auto"
@@ -142,10 +143,10 @@ class ServiceConfig:
             "use 'auto', 'sketch' or 'dense'",
         )
         require(
-            self.wire_dtype in ("float32", "float16"),
+            self.wire_dtype in WIRE_DTYPES,
             self,
             "wire_dtype",
-            "use 'float32' or 'float16'",
+            f"use {' or '.join(map(repr, WIRE_DTYPES))}",
         )
         require(
             self.staleness_policy in STALENESS_POLICIES,

@@ -41,6 +41,11 @@ class Sent(NamedTuple):
     payload: Tensor  # flat, float32: what is not narrow, and scales of columns, in order
     narrow: Tensor  # flat, float16: what is, in the same order; may be empty
 
+    @property
+    def nbytes(self) -> int:
+        """Of both."""
+        return self.payload.nbytes + self.narrow.nbytes
+
 
 def sent_sizes(layouts: Sequence[Layout]) -> tuple[int, int]:
     """How many numbers of each sort a message has for these layouts."""

@@ -59,7 +59,7 @@ class MatrixRule:
 
     def project(self, block: int, installed: Install) -> Projections:
         """The projections of a block's gradient on the bases in use."""
-        return project(self._gradient(block), *self.used(block, installed))
+        return project(self.gradient(block), *self.used(block, installed))
 
     def statistic(
         self, spec: BlockSpec, block: int, basis: Install, made: Projections | None
@@ -67,7 +67,7 @@ class MatrixRule:
         """A block's statistic of its gradient against ``basis``.
 
         ``made`` are its projections on the bases in use, where these are of that very version."""
-        grad_OI = self._gradient(block)
+        grad_OI = self.gradient(block)
         if made is None:
             return encode_gradient(spec, grad_OI, basis.tensors)
         state = self._state[self._matrices[block].param]
@@ -77,7 +77,8 @@ class MatrixRule:
             out_gI = None if out_gI is None else state["rotation_out"] @ out_gI
         return encode_gradient(spec, grad_OI, basis.tensors, grad_Ua=in_Oa, Ug_grad=out_gI)
 
-    def _gradient(self, block: int) -> Tensor:
+    def gradient(self, block: int) -> Tensor:
+        """What this rank has of a block's gradient, as a matrix in float32."""
         matrix = self._matrices[block]
         assert matrix.param.grad is not None
         return matrix.view(matrix.param.grad).float()

@@ -80,7 +80,7 @@ class ShardedRule:
                 counts = cut.place == 0
                 statistic = encode_shard(
                     pipeline.table.specs[block],
-                    self._gradient(block),
+                    self._rule.gradient(block),
                     cut.own,
                     basis.tensors,
                     against,
@@ -130,7 +130,9 @@ class ShardedRule:
         for block, (out_Og, in_Ia) in bases.items():
             matrix = self._matrices[block]
             start, stop = matrix.rows
-            own[block] = multiply(self._gradient(block), out_Og[start:stop], in_Ia, matrix.shape[0])
+            own[block] = multiply(
+                self._rule.gradient(block), out_Og[start:stop], in_Ia, matrix.shape[0]
+            )
         sums = self._sum(list(own), [products.addends for products in own.values()])
         return {
             block: SummedProducts(products.in_oa, over_rows, numbers_2)
@@ -141,11 +143,6 @@ class ShardedRule:
         self, blocks: Sequence[int], addends: Sequence[Sequence[Tensor]]
     ) -> list[list[Tensor]]:
         return ShardSums([self._matrices[block].cut.group for block in blocks], addends).finish()
-
-    def _gradient(self, block: int) -> Tensor:
-        matrix = self._matrices[block]
-        assert matrix.param.grad is not None
-        return matrix.view(matrix.param.grad).float()
 
     # -- the step -------------------------------------------------------------------------
 
@@ -187,7 +184,7 @@ class ShardedRule:
         bases = [self._rule.used(block, installed[block]) for block in blocks]
         directions = advance_shards(
             [FourBlockState(*(state[name] for name in FOUR_BLOCK)) for state in states],
-            [self._gradient(block) for block in blocks],
+            [self._rule.gradient(block) for block in blocks],
             [products[block] for block in blocks],
             [used.out_Og[slice(*m.rows)] for m, used in zip(matrices, bases, strict=True)],
             [used.in_Ia for used in bases],

@@ -259,7 +259,7 @@ class Conversation:
             ):
                 self._depot.count(rejected=1)
                 self.forget_seeds([block])
-        nbytes = sent.payload.nbytes + sent.narrow.nbytes
+        nbytes = sent.nbytes
         if self._route == "worker":
             self._depot.count(bytes_in=nbytes)
         if taken:

@@ -222,7 +222,7 @@ class Courier:
                 if self._outbox and self._outbox[0] is parcel:
                     self._outbox.popleft()
             out = parcel.out
-            nbytes = parcel.sent.payload.nbytes + parcel.sent.narrow.nbytes
+            nbytes = parcel.sent.nbytes
             self._emit(
                 "statistic_sent",
                 seq=parcel.seq,

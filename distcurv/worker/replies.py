@@ -47,7 +47,7 @@ def published_messages(
     part: list[tuple[int, Release]] = []
     size = 0
     for block, release in releases:
-        nbytes = release.sent.payload.nbytes + release.sent.narrow.nbytes
+        nbytes = release.sent.nbytes
         if part and size + nbytes > limit:
             yield published_message(session, part)
             part, size = [], 0

@@ -117,8 +117,10 @@ def test_a_killed_worker_is_restarted_and_serves_again(mortal: Supervisor, door:
         assert_accounted(run)
 
 
-def stopped_for(mortal: Supervisor, seconds: float, **settings: Any) -> None:
-    """At least so long, and until the session is given up; the stop does not stop the training."""
+def stopped_for(mortal: Supervisor, seconds: float, **settings: Any) -> list[float | int]:
+    """At least so long, and until the session is given up; the stop does not stop the training.
+
+    Returns how many versions had come of the worker when it went on, and in the end."""
     with Run("kfac", mortal.endpoints, **{**SETTINGS, **settings}) as run:
         train_until(run, from_workers(run), "versions before the stop")
         (pid,) = mortal.pids
@@ -133,19 +135,23 @@ def stopped_for(mortal: Supervisor, seconds: float, **settings: Any) -> None:
             )
         finally:
             os.kill(pid, signal.SIGCONT)
+        came = [run.metrics()["versions_from_workers"]]
         train_until(run, from_workers(run), "versions after the stop")
         train_until(run, installed(run), "they are installed")
         assert_accounted(run)
+        return [*came, run.metrics()["versions_from_workers"]]
 
 
 def test_a_worker_that_stops_and_goes_on(mortal: Supervisor) -> None:
-    stopped_for(mortal, 0.0)
+    before, after = stopped_for(mortal, 0.0)
+    assert after > before
 
 
 @pytest.mark.slow
 def test_a_worker_that_stops_for_ten_seconds(mortal: Supervisor) -> None:
     """With the timeouts of a user."""
-    stopped_for(mortal, 10.0, link_timeout=5.0, heartbeat=1.0)
+    before, after = stopped_for(mortal, 10.0, link_timeout=5.0, heartbeat=1.0)
+    assert after > before
 
 
 def plain_sgd(steps: int, lr: float = 0.01) -> list[torch.Tensor]:

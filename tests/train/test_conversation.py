@@ -448,6 +448,7 @@ def test_any_word_breaks_the_silence() -> None:
     for _ in range(4):
         talk.pump(after=4.0)
         talk.hear(Heartbeat(talk.conversation.session, 0.0, 0))
+        assert talk.conversation.open
 
 
 def test_goodbye_is_said_only_where_a_session_is_open() -> None:
